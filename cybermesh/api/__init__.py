@@ -1,0 +1,1 @@
+"""HTTP interface of the roles: health, metrics, and the validator's API."""

@@ -1,0 +1,56 @@
+"""The port between consensus and what it orders: consensus never looks inside a transaction.
+
+An application is pure: the same arguments give the same answers on every node, and no call changes the state it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockContext:
+    """What a block tells its application beside the transactions; ``time_ms`` is block time, milliseconds since 1970."""
+
+    epoch: int
+    height: int
+    time_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Execution(Generic[S]):
+    """Result of executing one block on its parent's state.
+
+    ``state_root`` (32 bytes) and ``decision_seq`` go into the header; ``has_payload`` is true when the block holds transactions
+    or caused system receipts; ``outcome`` is handed to whoever learns of the commit, unread by consensus.
+    """
+
+    state: S
+    state_root: bytes
+    decision_seq: int
+    has_payload: bool
+    outcome: object
+
+
+class Application(Protocol[S]):
+    """What a replica needs from the state machine above it."""
+
+    def is_valid(self, transaction: bytes) -> bool:
+        """Return whether the transaction is intrinsically valid: no clock, no state, the same answer for ever."""
+        ...
+
+    def select(self, parent: S, context: BlockContext, candidates: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Return, in order, the candidates an honest proposer would put in this block (may be empty)."""
+        ...
+
+    def execute(self, parent: S, context: BlockContext, payload: tuple[bytes, ...]) -> Execution[S] | None:
+        """Execute the block on ``parent``; None when the block as such is invalid (it then gets no vote)."""
+        ...
+
+    def next_due_ms(self, state: S) -> int | None:
+        """Return the block time at which a time-driven effect falls due, if any is pending."""
+        ...

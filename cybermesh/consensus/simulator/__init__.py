@@ -1,0 +1,1 @@
+"""A whole committee in one deterministic thread."""

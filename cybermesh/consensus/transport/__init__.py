@@ -1,0 +1,1 @@
+"""How validators reach each other."""

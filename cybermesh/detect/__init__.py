@@ -1,0 +1,1 @@
+"""Flows and windows to detections that explain themselves."""

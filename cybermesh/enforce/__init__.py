@@ -1,0 +1,1 @@
+"""Decisions to firewall rules, behind a guard that nothing skips."""

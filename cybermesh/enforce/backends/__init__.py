@@ -1,0 +1,1 @@
+"""What puts rules into a firewall."""

@@ -1,0 +1,1 @@
+"""The state machine above consensus: governance, receipts, proofs."""

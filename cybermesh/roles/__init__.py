@@ -1,0 +1,1 @@
+"""The composition roots: ai, validator and agent, each one asyncio process."""

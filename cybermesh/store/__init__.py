@@ -1,0 +1,1 @@
+"""What a validator keeps: blocks, receipts, decisions and the outbox."""

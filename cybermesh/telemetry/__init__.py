@@ -1,0 +1,1 @@
+"""Packets and logs to flows, windows and the 79 features."""

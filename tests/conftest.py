@@ -1,0 +1,73 @@
+"""Fixtures of the whole suite: where data is, what a part needs, and that no test leaves a task behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import pytest_asyncio
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+REQUIRED = frozenset(part for part in os.environ.get("CYBERMESH_REQUIRE", "").split(",") if part)
+
+hypothesis.settings.register_profile("fast", max_examples=60, deadline=None)
+hypothesis.settings.register_profile("deep", max_examples=5_000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+def skip_or_fail(part: str, reason: str) -> None:
+    """Skip the test because ``part`` is absent, unless ``CYBERMESH_REQUIRE`` names it."""
+    if part in REQUIRED:
+        pytest.fail(f"{part} is required but {reason}")
+    pytest.skip(f"{part}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The development data beside the repository; tests that need it are skipped without."""
+    data = SHARED / "data"
+    if not data.is_dir():
+        skip_or_fail("shared", "the development data ../shared/data is not there")
+    return data
+
+
+@pytest.fixture(scope="session")
+def netns() -> None:
+    """Root, ``ip`` and ``nft`` are here and a network namespace can be made."""
+    missing = [tool for tool in ("ip", "nft") if shutil.which(tool) is None]
+    if missing:
+        skip_or_fail("netns", f"not installed: {', '.join(missing)}")
+    if os.geteuid() != 0:
+        skip_or_fail("netns", "network namespaces need root")
+    name = f"cm-probe-{os.getpid()}"
+    probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if probe.returncode != 0:
+        skip_or_fail("netns", f"ip netns add: {probe.stderr.strip()}")
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def _no_leftover_tasks() -> AsyncIterator[None]:
+    """Fail a test that ends with tasks still running."""
+    before = asyncio.all_tasks()
+    yield
+    left = {task for task in asyncio.all_tasks() - before if not task.done()}
+    if left:
+        pytest.fail(f"left running: {sorted(task.get_name() for task in left)}")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Settings of the caller's environment do not leak into tests."""
+    for name in list(os.environ):
+        if name.startswith("CYBERMESH_") and name != "CYBERMESH_REQUIRE":
+            monkeypatch.delenv(name)
+    return
+    yield
