@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import hypothesis
@@ -53,21 +54,25 @@ def netns() -> None:
     subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-@pytest_asyncio.fixture(autouse=True)
-async def _no_leftover_tasks() -> AsyncIterator[None]:
-    """Fail a test that ends with tasks still running."""
+@pytest.fixture(autouse=True)
+def _no_leftover_tasks(request: pytest.FixtureRequest) -> None:
+    """Fail an asynchronous test that ends with tasks still running."""
+    if inspect.iscoroutinefunction(getattr(request.node, "function", None)):
+        request.getfixturevalue("_watched_tasks")
+
+
+@pytest_asyncio.fixture
+async def _watched_tasks() -> AsyncIterator[None]:
     before = asyncio.all_tasks()
     yield
-    left = {task for task in asyncio.all_tasks() - before if not task.done()}
+    left = {task for task in asyncio.all_tasks() - before - {asyncio.current_task()} if not task.done()}
     if left:
         pytest.fail(f"left running: {sorted(task.get_name() for task in left)}")
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of the caller's environment do not leak into tests."""
     for name in list(os.environ):
         if name.startswith("CYBERMESH_") and name != "CYBERMESH_REQUIRE":
             monkeypatch.delenv(name)
-    return
-    yield

@@ -1,0 +1,48 @@
+# setup · demo · test · check · proto · web · bench · nightly
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: setup demo test check proto web bench nightly
+
+setup: $(STAMP)
+
+# pip verifies every hash of the lock file; the project itself is installed without touching its dependencies.
+$(STAMP): requirements.lock pyproject.toml
+	@tools/make_venv $(PYTHON) $(VENV)
+	@echo "installing dependencies into $(VENV) (about a minute the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/cybermesh demo $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python tools/generate_proto.py --check
+	@$(BIN)/python -m pytest -q tests/test_tidy.py
+
+proto: $(STAMP)
+	@$(BIN)/python tools/generate_proto.py
+
+# The dashboard is not there yet; see CHANGELOG.md.
+web: $(STAMP)
+	@echo "nothing to build: the dashboard is not part of this version"
+
+bench: $(STAMP)
+	@$(BIN)/cybermesh bench all $(ARGS)
+
+# Longer campaigns, run by hand; their figures go to docs/measurements.md with seed and commit.
+nightly: $(STAMP)
+	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest
+	@$(BIN)/cybermesh simulate --scenarios 200000 --seed 1 --validators 4
