@@ -1,0 +1,123 @@
+"""What the windows tell the engines: one row per entity with its counts over the last ``window_s`` seconds of packet time.
+
+Some attacks are visible only across flows, so besides flows the engines score windows. A batch holds one scope, one window
+length and one evaluation time. Counts are told from the side of the one who *opened* the connection (``out`` is initiator to
+responder), never from the side of the one who happened to send a packet: a server that answers is not a scanner of its clients.
+
+Values a source cannot know are 0 and marked in ``known``; a rule that needs one of them abstains.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Scope(enum.StrEnum):
+    """Whose counts a row holds; the name is the one rules use in ``over``."""
+
+    SOURCE = "source"  # one initiator, everything it opened
+    DESTINATION = "destination"  # one responder, everything opened towards it
+    PAIR = "pair"  # one initiator towards one responder
+    FANOUT = "fanout"  # one initiator on one destination port and protocol, towards everybody
+    SERVICE = "service"  # one initiator on one port of one responder, established connections only
+
+
+# Integer counts, kept per entity. The comments give unit and meaning; "out" is initiator to responder.
+COUNTS = (
+    "packets_out",
+    "packets_in",
+    "bytes_out",  # bytes on the wire
+    "bytes_in",
+    "payload_out",  # bytes of L4 payload
+    "payload_in",
+    "tcp_opened",  # TCP connections begun with a SYN (or whose SYN+ACK was the first thing seen)
+    "tcp_answered",  # of these, answered by SYN+ACK
+    "established",  # of these, completed by the initiator's ACK
+    "refused",  # attempts answered by RST or by an ICMP unreachable
+    "probes",  # TCP packets that begin nothing: FIN, NULL, Xmas, and bare ACK or FIN+ACK answered by RST
+    "syn",  # packets with SYN and without ACK
+    "rst_in",
+    "rst_out",
+    "udp_opened",  # UDP conversations, first packet seen from the initiator
+    "udp_answered",
+    "udp_out",  # packets
+    "echo_opened",  # ICMP echo conversations, one per responder
+    "echo_answered",
+    "icmp_out",  # packets
+    "unreachable",  # ICMP unreachable answers of any kind, refused attempts or not
+    "sessions",  # established connections that ended
+    "short_sessions",  # of these: a dialogue in both directions, at most 60 s and 16 kB either way (an authentication attempt)
+    "empty_sessions",  # of these: nothing sent by the initiator (a connect scan's or a health check's shape)
+    "login_failures",  # refusals in clear text: FTP 530, POP3 -ERR, SMTP 535, IMAP NO
+)
+
+# Derived when a row is emitted.
+DERIVED = (
+    "attempts",  # tcp_opened + udp_opened + probes
+    "unanswered",  # attempts without any answer so far
+    "half_open",  # answered by SYN+ACK, never completed
+    "failed",  # unanswered + refused
+    "ports",  # distinct destination ports attempted
+    "peers",  # distinct counterparts attempted or pinged
+    "networks",  # distinct /24 (IPv4) or /64 (IPv6) of these
+    "sports",  # distinct initiator ports
+    "port_entropy",  # bits, over packets per destination port
+    "peer_entropy",  # bits, over packets per counterpart
+    "port_share",  # share of the packets that go to the most used port, 0-1
+    "peer_share",  # share of the packets of the most active counterpart, 0-1
+    "span_s",  # seconds between the first and the last packet in the window
+)
+
+NAMES = COUNTS + DERIVED
+COLUMN = {name: index for index, name in enumerate(NAMES)}
+
+
+class Service(enum.IntEnum):
+    """Authentication service behind a port, from its banner or else from its well-known port."""
+
+    UNKNOWN = 0
+    SSH = 1
+    FTP = 2
+    TELNET = 3
+    SMTP = 4
+    POP3 = 5
+    IMAP = 6
+    RDP = 7
+    VNC = 8
+
+
+@dataclass(frozen=True, slots=True)
+class WindowBatch:
+    """Rows of n entities of one scope, evaluated at ``end_us`` over the ``window_s`` seconds before.
+
+    ``source`` is zero for scope DESTINATION, ``destination`` for SOURCE and FANOUT. ``port`` and ``protocol`` are part of the key
+    for FANOUT and SERVICE, else the most used destination port and IP protocol (0: none). ``peer`` is the counterpart with
+    the most packets (the victim for SOURCE and FANOUT, the top talker for DESTINATION). ``last_us`` is the time of the newest packet
+    counted, which is the decisive one when a threshold is crossed by this row. ``values`` is float64[n, len(NAMES)], finite.
+    """
+
+    scope: Scope
+    window_s: int
+    end_us: int
+    source: npt.NDArray[np.uint8]  # [n, 16]
+    destination: npt.NDArray[np.uint8]  # [n, 16]
+    port: npt.NDArray[np.uint16]
+    protocol: npt.NDArray[np.uint8]
+    service: npt.NDArray[np.uint8]  # Service
+    peer: npt.NDArray[np.uint8]  # [n, 16]
+    first_us: npt.NDArray[np.int64]
+    last_us: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float64]
+    known: npt.NDArray[np.bool_]  # [len(NAMES)]
+
+    def __len__(self) -> int:
+        return len(self.first_us)
+
+    def column(self, name: str) -> npt.NDArray[np.float64]:
+        """Values of one name of ``NAMES``, float64[n]."""
+        column: npt.NDArray[np.float64] = self.values[:, COLUMN[name]]
+        return column
