@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import ipaddress
 import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network
 
 import orjson
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from cybermesh.addresses import AddressError, Network, parse_network
 
 KEY_BYTES = 32
 MESSAGE_TYPES = ("anomaly", "evidence", "policy")
-_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 _NAME_MAX = 256
 
 
@@ -106,18 +105,19 @@ class Limits:
     """What no policy may exceed; prefix lengths mean "nothing wider than"."""
 
     ttl_min_s: int = field(default=1, metadata=_within(1, 86_400))
-    ttl_max_s: int = field(default=86_400, metadata=_within(1, 604_800))
+    ttl_max_s: int = field(default=86_400, metadata=_within(1, 86_400))
     prefix_min_v4: int = field(default=24, metadata=_within(8, 32))
     prefix_min_v6: int = field(default=64, metadata=_within(16, 128))
-    targets_per_policy: int = field(default=256, metadata=_within(1, 4_096))
+    targets_per_policy: int = field(default=256, metadata=_within(1, 256))
     targets_per_minute: int = field(default=6_000, metadata=_within(1, 1_000_000))
     targets_active: int = field(default=50_000, metadata=_within(1, 1_000_000))
     targets_active_operators: int = field(default=100_000, metadata=_within(1, 1_000_000))
-    wide_targets: int = field(default=32, metadata=_within(1, 4_096))
-    wide_ttl_s: int = field(default=3_600, metadata=_within(1, 604_800))
+    wide_targets: int = field(default=32, metadata=_within(1, 256))
+    wide_ttl_s: int = field(default=3_600, metadata=_within(1, 86_400))
     deferred_per_producer: int = field(default=1_000, metadata=_within(1, 100_000))
     waiting_per_producer: int = field(default=1_000, metadata=_within(1, 100_000))
     pending_per_producer: int = field(default=1_000, metadata=_within(1, 100_000))
+    references_per_producer: int = field(default=20_000, metadata=_within(1, 1_000_000))
     confidence_floor_ppm: int = field(default=500_000, metadata=_within(0, 1_000_000))
     severity_floor: int = field(default=5, metadata=_within(1, 10))
 
@@ -255,7 +255,7 @@ def _plain(value: object) -> object:
         return [_plain(item) for item in value]
     if isinstance(value, bytes):
         return value.hex()
-    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
+    if isinstance(value, IPv4Network | IPv6Network):
         return str(value)
     return value
 
@@ -313,17 +313,9 @@ def _read_network(value: object, path: str) -> Network:
     if not isinstance(value, str):
         raise GenesisError(path, "must be a network such as 10.0.0.0/8")
     try:
-        network = ipaddress.ip_network(value)
-    except ValueError as error:
-        raise GenesisError(path, f"not a network: {error}") from error
-    return plain_network(network)
-
-
-def plain_network(network: Network) -> Network:
-    """Return an IPv4-mapped IPv6 network as the IPv4 network it means, any other as it is."""
-    if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(_MAPPED):
-        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
-    return network
+        return parse_network(value)
+    except AddressError as error:
+        raise GenesisError(path, str(error)) from error
 
 
 def _check_values(value: object, path: str) -> None:
