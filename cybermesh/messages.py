@@ -15,6 +15,19 @@ KIB = 1024
 MIB = 1024 * KIB
 
 
+class MessageType(enum.StrEnum):
+    """Every signed message; a key ring says which key may sign which."""
+
+    ANOMALY = "anomaly"
+    EVIDENCE = "evidence"
+    POLICY = "policy"
+    OPERATOR = "operator"
+    COMMIT = "commit"
+    POLICY_UPDATE = "policy_update"
+    EPOCH_CHANGE = "epoch_change"
+    ACK = "ack"
+
+
 @dataclass(frozen=True, slots=True)
 class Anomaly:
     """A signed detection (topic ``ai.anomalies.v1``); ``ts`` in seconds since 1970, ``severity`` 1-10, ``confidence`` 0-1."""
@@ -176,6 +189,34 @@ class PolicyUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class CommitteeMember:
+    """A validator of a committee."""
+
+    name: str
+    pubkey: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EpochChange:
+    """The committee of ``epoch`` with its proof (topic ``control.policy.v1``).
+
+    ``headers`` and ``certificate`` are consensus' canonical bytes: the epoch-ending block's header and those after it up to the
+    certificate's parent. ``last_height`` is that of the epoch before; ``committee`` stands in order of public key.
+    """
+
+    epoch: int
+    last_height: int
+    headers: tuple[bytes, ...]
+    certificate: bytes
+    committee: tuple[CommitteeMember, ...]
+    timestamp: int
+    producer_id: bytes
+    signature: bytes
+    pubkey: bytes
+    alg: str = ED25519
+
+
+@dataclass(frozen=True, slots=True)
 class Ack:
     """What an agent did with a decision (topic ``control.policy.ack.v1``); ``result`` is ``applied`` or ``failed``."""
 
@@ -224,6 +265,37 @@ class DeadLetter:
     raw: bytes
     raw_sha256: bytes
     raw_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlowFeatures:
+    """A batch of ``count`` metered flows (topic ``telemetry.features.v1``) as columns of little-endian fixed-width values.
+
+    Shapes are those of ``telemetry.flows.FlowBatch``: ``start_us``, ``end_us`` i64[n]; ``src``, ``dst`` u8[n, 16]; ``sport``,
+    ``dport`` u16[n]; ``features`` f64[n, 79]; ``known`` u8[79]; the others u8[n]. ``schema`` is 1.
+    """
+
+    schema: int
+    sensor: str
+    count: int
+    start_us: bytes
+    end_us: bytes
+    src: bytes
+    dst: bytes
+    family: bytes
+    sport: bytes
+    dport: bytes
+    proto: bytes
+    klass: bytes
+    icmp_type: bytes
+    icmp_code: bytes
+    end_reason: bytes
+    features: bytes
+    known: bytes
+
+
+SignedMessage = Anomaly | Evidence | Policy | OperatorCommand
+ControlMessage = Commit | PolicyUpdate | EpochChange | Ack
 
 
 class TxKind(enum.IntEnum):
