@@ -1,0 +1,263 @@
+"""The contract of ``cybermesh.bus``: the same suite for every implementation.
+
+An implementation joins by a line in ``KINDS``: a name and an async context manager that yields a ``Ground``, the place where
+buses can be opened and opened again (as after a restart), and whose records outlive a bus only if ``is_durable``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from cybermesh.bus import Bus, BusError, Delivery, Subscription
+from cybermesh.bus.memory import MemoryBus
+
+WAIT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Ground:
+    open: Callable[[], AbstractAsyncContextManager[Bus]]
+    is_durable: bool
+
+
+@asynccontextmanager
+async def memory_ground() -> AsyncIterator[Ground]:
+    yield Ground(lambda: MemoryBus(lambda: 1_700_000_000_000), is_durable=False)
+
+
+KINDS = {"memory": memory_ground}
+
+
+@pytest.fixture(params=sorted(KINDS))
+async def ground(request: pytest.FixtureRequest) -> AsyncIterator[Ground]:
+    async with KINDS[request.param]() as made:
+        yield made
+
+
+@pytest.fixture
+async def bus(ground: Ground) -> AsyncIterator[Bus]:
+    async with ground.open() as opened:
+        yield opened
+
+
+@pytest.fixture
+def topic() -> str:
+    return f"test.{uuid.uuid4().hex}"
+
+
+async def take(subscription: Subscription, count: int) -> list[Delivery]:
+    """The next ``count`` deliveries, not acknowledged."""
+    taken: list[Delivery] = []
+    if count == 0:
+        return taken
+    async with asyncio.timeout(WAIT_S):
+        async for delivery in subscription:
+            taken.append(delivery)
+            if len(taken) == count:
+                break
+    return taken
+
+
+async def test_a_record_arrives_as_it_was_published(bus: Bus, topic: str) -> None:
+    published = await bus.publish(topic, b"10.0.0.1", b"\x00\xffvalue")
+    async with bus.subscribe([topic], "g") as subscription:
+        (delivery,) = await take(subscription, 1)
+    assert (delivery.topic, delivery.key, delivery.value) == (topic, b"10.0.0.1", b"\x00\xffvalue")
+    assert (delivery.topic, delivery.partition, delivery.offset) == (published.topic, published.partition, published.offset)
+    assert delivery.timestamp_ms > 0
+
+
+async def test_records_of_one_key_keep_their_order_in_one_partition(bus: Bus, topic: str) -> None:
+    for number in range(50):
+        await bus.publish(topic, b"attacker-%d" % (number % 5), b"%d" % number)
+    async with bus.subscribe([topic], "g") as subscription:
+        taken = await take(subscription, 50)
+    for key in {delivery.key for delivery in taken}:
+        own = [delivery for delivery in taken if delivery.key == key]
+        assert len({delivery.partition for delivery in own}) == 1
+        assert [int(delivery.value) for delivery in own] == sorted(int(delivery.value) for delivery in own)
+    assert {int(delivery.value) for delivery in taken} == set(range(50))
+
+
+async def test_offsets_of_a_partition_are_dense_and_rise(bus: Bus, topic: str) -> None:
+    published = [await bus.publish(topic, b"one key", b"%d" % number) for number in range(10)]
+    assert [record.offset - published[0].offset for record in published] == list(range(10))
+
+
+async def test_every_group_gets_every_record(bus: Bus, topic: str) -> None:
+    for number in range(10):
+        await bus.publish(topic, b"%d" % number, b"%d" % number)
+    for group in ("validator-1", "validator-2"):
+        async with bus.subscribe([topic], group) as subscription:
+            assert {delivery.value for delivery in await take(subscription, 10)} == {b"%d" % number for number in range(10)}
+
+
+async def test_one_subscription_reads_several_topics(bus: Bus, topic: str) -> None:
+    await bus.publish(f"{topic}.a", b"k", b"1")
+    await bus.publish(f"{topic}.b", b"k", b"2")
+    async with bus.subscribe([f"{topic}.a", f"{topic}.b"], "g") as subscription:
+        assert {(d.topic, d.value) for d in await take(subscription, 2)} == {(f"{topic}.a", b"1"), (f"{topic}.b", b"2")}
+
+
+async def test_what_was_not_acknowledged_comes_again(bus: Bus, topic: str) -> None:
+    for number in range(6):
+        await bus.publish(topic, b"k", b"%d" % number)
+    async with bus.subscribe([topic], "g") as subscription:
+        taken = await take(subscription, 5)
+        await subscription.ack(taken[1])  # and with it the one before
+    async with bus.subscribe([topic], "g") as subscription:
+        assert [delivery.value for delivery in await take(subscription, 4)] == [b"2", b"3", b"4", b"5"]
+
+
+async def test_what_was_acknowledged_does_not_come_again(bus: Bus, topic: str) -> None:
+    await bus.publish(topic, b"k", b"old")
+    async with bus.subscribe([topic], "g") as subscription:
+        (delivery,) = await take(subscription, 1)
+        await subscription.ack(delivery)
+        await subscription.ack(delivery)  # twice is harmless
+    await bus.publish(topic, b"k", b"new")
+    async with bus.subscribe([topic], "g") as subscription:
+        assert [delivery.value for delivery in await take(subscription, 1)] == [b"new"]
+
+
+async def test_an_older_acknowledgement_does_not_take_back_a_newer_one(bus: Bus, topic: str) -> None:
+    for number in range(3):
+        await bus.publish(topic, b"k", b"%d" % number)
+    async with bus.subscribe([topic], "g") as subscription:
+        taken = await take(subscription, 3)
+        await subscription.ack(taken[1])
+        await subscription.ack(taken[0])
+    async with bus.subscribe([topic], "g") as subscription:
+        assert [delivery.value for delivery in await take(subscription, 1)] == [b"2"]
+
+
+async def test_acknowledgements_of_one_partition_do_not_touch_another(bus: Bus, topic: str) -> None:
+    keys = [b"%d" % number for number in range(40)]
+    places = {key: (await bus.publish(topic, key, key)).partition for key in keys}
+    assert len(set(places.values())) > 1, "the topic needs several partitions"
+    async with bus.subscribe([topic], "g") as subscription:
+        taken = await take(subscription, len(keys))
+        chosen = taken[0].partition
+        for delivery in taken:
+            if delivery.partition == chosen:
+                await subscription.ack(delivery)
+    rest = {key for key, partition in places.items() if partition != chosen}
+    async with bus.subscribe([topic], "g") as subscription:
+        assert {delivery.key for delivery in await take(subscription, len(rest))} == rest
+
+
+async def test_a_new_group_may_start_at_the_end(bus: Bus, topic: str) -> None:
+    await bus.publish(topic, b"k", b"before")
+    async with bus.subscribe([topic], "late", from_start=False) as subscription:
+        await bus.publish(topic, b"k", b"after")
+        assert [delivery.value for delivery in await take(subscription, 1)] == [b"after"]
+
+
+async def test_a_waiting_subscriber_gets_a_record_published_later(bus: Bus, topic: str) -> None:
+    async with bus.subscribe([topic], "g") as subscription, asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(take(subscription, 1), name="waiting subscriber")
+        await bus.publish(topic, b"k", b"later")
+    assert [delivery.value for delivery in waiting.result()] == [b"later"]
+
+
+async def test_members_of_a_group_share_the_records_and_lose_none(bus: Bus, topic: str) -> None:
+    seen: set[bytes] = set()
+    everything = {b"%d" % number for number in range(60)}
+    done = asyncio.Event()
+
+    async def read(subscription: Subscription) -> None:
+        async for delivery in subscription:
+            seen.add(delivery.value)
+            await subscription.ack(delivery)
+            if seen == everything:
+                done.set()
+
+    async with (
+        asyncio.timeout(WAIT_S),
+        bus.subscribe([topic], "g") as first,
+        bus.subscribe([topic], "g") as second,
+        asyncio.TaskGroup() as tasks,
+    ):
+        readers = [tasks.create_task(read(first), name="first"), tasks.create_task(read(second), name="second")]
+        for value in everything:
+            await bus.publish(topic, value, value)
+        await done.wait()
+        for reader in readers:
+            reader.cancel()
+    async with bus.subscribe([topic], "g") as third:
+        await bus.publish(topic, b"k", b"end")
+        assert [delivery.value for delivery in await take(third, 1)] == [b"end"], "something acknowledged came again"
+
+
+async def test_a_member_that_leaves_hands_its_unacknowledged_records_to_the_others(bus: Bus, topic: str) -> None:
+    values = {b"%d" % number for number in range(40)}
+    async with bus.subscribe([topic], "g") as stays:
+        async with bus.subscribe([topic], "g") as leaves:
+            for value in values:
+                await bus.publish(topic, value, value)
+            await take(leaves, 1)
+        seen: set[bytes] = set()
+        async with asyncio.timeout(WAIT_S):
+            while seen != values:
+                seen.update(delivery.value for delivery in await take(stays, 1))
+
+
+async def test_leaving_the_subscription_ends_its_iteration(bus: Bus, topic: str) -> None:
+    async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as tasks, bus.subscribe([topic], "g") as subscription:
+        reader = tasks.create_task(_collect(subscription), name="reader")
+        await asyncio.sleep(0)
+    assert reader.result() == []
+
+
+async def _collect(subscription: Subscription) -> list[Delivery]:
+    return [delivery async for delivery in subscription]
+
+
+async def test_acknowledging_after_leaving_is_refused(bus: Bus, topic: str) -> None:
+    await bus.publish(topic, b"k", b"v")
+    async with bus.subscribe([topic], "g") as subscription:
+        (delivery,) = await take(subscription, 1)
+    with pytest.raises(BusError):
+        await subscription.ack(delivery)
+
+
+async def test_a_cancelled_reader_loses_nothing(bus: Bus, topic: str) -> None:
+    async with bus.subscribe([topic], "g") as subscription:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await subscription.__aiter__().__anext__()
+        await bus.publish(topic, b"k", b"v")
+        assert [delivery.value for delivery in await take(subscription, 1)] == [b"v"]
+
+
+async def test_a_record_above_the_limit_is_refused_and_the_next_one_passes(bus: Bus, topic: str) -> None:
+    with pytest.raises(BusError):
+        await bus.publish(topic, b"k", bytes(2 * 1024 * 1024 + 1))
+    await bus.publish(topic, b"k", bytes(1024 * 1024))
+    async with bus.subscribe([topic], "g") as subscription:
+        assert [len(delivery.value) for delivery in await take(subscription, 1)] == [1024 * 1024]
+
+
+async def test_a_closed_bus_refuses_to_publish(ground: Ground, topic: str) -> None:
+    async with ground.open() as bus:
+        await bus.publish(topic, b"k", b"v")
+    with pytest.raises(BusError):
+        await bus.publish(topic, b"k", b"v")
+
+
+async def test_records_and_acknowledgements_survive_a_restart(ground: Ground, topic: str) -> None:
+    if not ground.is_durable:
+        pytest.skip("this bus lives as long as its process")
+    async with ground.open() as bus:
+        for number in range(3):
+            await bus.publish(topic, b"k", b"%d" % number)
+        async with bus.subscribe([topic], "g") as subscription:
+            await subscription.ack((await take(subscription, 1))[0])
+    async with ground.open() as bus, bus.subscribe([topic], "g") as subscription:
+        assert [delivery.value for delivery in await take(subscription, 2)] == [b"1", b"2"]
