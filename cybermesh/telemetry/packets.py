@@ -6,7 +6,8 @@ metered is counted by reason in ``Counters`` of the source.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +24,12 @@ class PacketBatch:
     """Columns of n packets in file order.
 
     Addresses are 16 bytes, IPv4 as IPv4-mapped (``::ffff:a.b.c.d``) with ``family`` 4; ``family`` is 4 or 6. ``klass`` is
-    OTHER, TCP, UDP or ICMP; ``proto`` the IP protocol number (for broken or odd headers the one of the header that could not be read).
+    OTHER, TCP, UDP or ICMP; ``proto`` the IP protocol number (where a header could not be read, the number of that header).
     Ports are 0 unless TCP or UDP. ``icmp_type``/``icmp_code`` are as on the wire (replies are mapped by the meter's key).
     ``payload`` is L4 payload bytes, ``header`` L4 header bytes (0 for OTHER), ``wire`` the frame's length on the wire.
     ``data`` is the buffer the packets were read from, ``payload_at`` the offset of the captured L4 payload in it (-1: none) and
-    ``payload_captured`` how much of it was captured; they are valid until the source yields its next batch.
+    ``payload_captured`` how much of it was captured; they are valid until the source yields its next batch. The other columns
+    are the batch's own and stay.
     """
 
     ts_us: npt.NDArray[np.int64]  # microseconds since 1970, as captured
@@ -51,3 +53,17 @@ class PacketBatch:
 
     def __len__(self) -> int:
         return len(self.ts_us)
+
+    def take(self, rows: npt.NDArray[np.intp] | slice) -> PacketBatch:
+        """Return the batch's rows chosen by an index array or a slice, over the same ``data``."""
+        columns = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "data"}
+        return PacketBatch(**columns, data=self.data)
+
+
+def join_batches(batches: Sequence[PacketBatch]) -> PacketBatch:
+    """Return the rows of several batches as one, in order, without their payload bytes (``payload_at`` is -1 throughout)."""
+    assert batches, "nothing to join"
+    columns = {f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(PacketBatch) if f.name != "data"}
+    columns["payload_at"] = np.full(len(columns["ts_us"]), -1, np.int64)
+    columns["payload_captured"] = np.zeros(len(columns["ts_us"]), np.int32)
+    return PacketBatch(**columns, data=np.empty(0, np.uint8))
