@@ -1,0 +1,121 @@
+"""What the bystanders do: browsing, look-ups, logins, a download, pings. Bounded lists of commands, paced by a seed.
+
+Each client works through its own list in its own thread while the attacks run. Every command has to succeed: a recording in
+which a bystander was not served would label as benign what is the attack's damage.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tests.lab.network import DOMAIN, Lab
+from tests.lab.servers import ssh_command
+
+NEEDED = ("curl", "dig", "ping")
+
+_WWW = f"http://www.{DOMAIN}"
+_ASSETS = ("style.css", "app.js", "logo.svg", "photo.jpg")
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """One command of a client, and the pause after it."""
+
+    command: tuple[str, ...]
+    pause_s: float
+    timeout_s: float = 15.0
+
+
+Script = Callable[[Lab, random.Random, int], list[Errand]]
+
+
+def browse(lab: Lab, rng: random.Random, rounds: int) -> list[Errand]:
+    """Pages with what belongs to them over one connection, and single requests over short ones."""
+    errands = []
+    for _ in range(rounds):
+        page = [rng.choice(("index.html", "news.html")), *rng.sample(_ASSETS[:3], 2)]
+        if rng.random() < 0.2:
+            page.append("photo.jpg")
+        errands.append(Errand(_fetch(*page), rng.uniform(0.8, 2.0)))
+        errands.append(Errand(_fetch(rng.choice(("logo.svg", "index.html"))), rng.uniform(0.5, 1.5)))
+    return errands
+
+
+def look_around(lab: Lab, rng: random.Random, rounds: int) -> list[Errand]:
+    """Pages over IPv6, names of several types (some do not exist), pings."""
+    errands = []
+    for number in range(rounds):
+        errands.append(Errand(_fetch("news.html", "style.css", family=6), rng.uniform(0.5, 1.2)))
+        name = rng.choice(("www", "git", "shop", "ns", "printer", f"h{rng.randrange(100, 130)}"))
+        errands.append(Errand(_dig(lab, f"{name}.{DOMAIN}", rng.choice(("A", "AAAA"))), rng.uniform(0.2, 0.8)))
+        errands.append(Errand(_dig(lab, DOMAIN, rng.choice(("MX", "TXT"))), rng.uniform(0.3, 0.9)))
+        if number % 3 == 0:
+            family = rng.choice((4, 6))
+            target = lab.address_of("server", family)
+            errands.append(Errand(("ping", "-n", "-q", "-c", "3", "-i", "0.3", target), rng.uniform(0.2, 0.6)))
+    return errands
+
+
+def work(lab: Lab, rng: random.Random, rounds: int) -> list[Errand]:
+    """Logins by key, a download at a modest rate, a few pages."""
+    shell = "for i in 1 2 3 4; do date; uptime -p; sleep 0.4; done"
+    download = ("curl", "-sSf", "--limit-rate", "200k", "-o", "/dev/null", f"{_WWW}/update.bin")
+    errands = [Errand(_fetch("index.html", "style.css"), 0.5), Errand(tuple(ssh_command(lab, shell)), rng.uniform(1.0, 2.0))]
+    errands.append(Errand(download, rng.uniform(0.5, 1.5)))
+    for _ in range(rounds):
+        errands.append(Errand(_fetch(rng.choice(("index.html", "news.html"))), rng.uniform(0.8, 2.0)))
+        errands.append(Errand(_fetch("index.html", "logo.svg"), rng.uniform(0.8, 1.6)))
+    errands.append(Errand(tuple(ssh_command(lab, shell)), 0.2))
+    return errands
+
+
+SCRIPTS: dict[str, Script] = {"office1": browse, "office2": look_around, "customer": work}
+
+
+@contextmanager
+def busy_clients(lab: Lab, *, seed: int, rounds: dict[str, int]) -> Iterator[threading.Event]:
+    """Let the clients named in ``rounds`` work while the context lasts, and at its end wait until they are done.
+
+    The event is set as soon as something failed, so that nobody waits for a recording that is lost.
+
+    Raises:
+        LabError: one of their commands failed.
+    """
+    stop = threading.Event()
+    done: list[Future[None]] = []
+    with ThreadPoolExecutor(max_workers=max(1, len(rounds)), thread_name_prefix="client") as pool:
+        try:
+            for name, count in rounds.items():
+                errands = SCRIPTS[name](lab, random.Random(f"{seed}/{name}"), count)
+                done.append(pool.submit(_work_through, lab, name, errands, stop))
+            yield stop
+        except BaseException:
+            stop.set()
+            raise
+    for future in done:
+        future.result()
+
+
+def _work_through(lab: Lab, name: str, errands: Sequence[Errand], stop: threading.Event) -> None:
+    try:
+        for errand in errands:
+            lab.run(name, errand.command, timeout_s=errand.timeout_s)
+            if stop.wait(errand.pause_s):
+                return
+    except BaseException:
+        stop.set()
+        raise
+
+
+def _fetch(*names: str, family: int = 4) -> tuple[str, ...]:
+    parts = [part for name in names for part in ("-o", "/dev/null", f"{_WWW}/{name}")]
+    return ("curl", "-sSf", f"-{family}", "--max-time", "10", *parts)
+
+
+def _dig(lab: Lab, name: str, kind: str) -> tuple[str, ...]:
+    return ("dig", "+short", "+time=2", "+tries=2", f"@{lab['server'].ipv4}", name, kind)
