@@ -52,19 +52,18 @@ COUNTS = (
     "sessions",  # established connections that ended
     "short_sessions",  # of these: a dialogue in both directions, at most 60 s and 16 kB either way (an authentication attempt)
     "empty_sessions",  # of these: nothing sent by the initiator (a connect scan's or a health check's shape)
-    "login_failures",  # refusals in clear text: FTP 530, POP3 -ERR, SMTP 535, IMAP NO
+    "login_failures",  # refusals in clear text: FTP 530, POP3 -ERR, SMTP 535
 )
 
 # Derived when a row is emitted.
 DERIVED = (
-    "attempts",  # tcp_opened + udp_opened + probes
+    "attempts",  # tcp_opened + udp_opened + echo_opened + probes
     "unanswered",  # attempts without any answer so far
     "half_open",  # answered by SYN+ACK, never completed
     "failed",  # unanswered + refused
     "ports",  # distinct destination ports attempted
     "peers",  # distinct counterparts attempted or pinged
     "networks",  # distinct /24 (IPv4) or /64 (IPv6) of these
-    "sports",  # distinct initiator ports
     "port_entropy",  # bits, over packets per destination port
     "peer_entropy",  # bits, over packets per counterpart
     "port_share",  # share of the packets that go to the most used port, 0-1
@@ -94,10 +93,10 @@ class Service(enum.IntEnum):
 class WindowBatch:
     """Rows of n entities of one scope, evaluated at ``end_us`` over the ``window_s`` seconds before.
 
-    ``source`` is zero for scope DESTINATION, ``destination`` for SOURCE and FANOUT. ``port`` and ``protocol`` are part of the key
-    for FANOUT and SERVICE, else the most used destination port and IP protocol (0: none). ``peer`` is the counterpart with
-    the most packets (the victim for SOURCE and FANOUT, the top talker for DESTINATION). ``last_us`` is the time of the newest packet
-    counted, which is the decisive one when a threshold is crossed by this row. ``values`` is float64[n, len(NAMES)], finite.
+    ``source`` is zero for scope DESTINATION, ``destination`` for SOURCE and FANOUT. ``port`` and ``protocol`` are part of the
+    key for FANOUT and SERVICE, else those of most packets (0: none). ``peer`` is the counterpart with the most packets (the
+    victim for SOURCE and FANOUT, the top talker for DESTINATION, zero for PAIR and SERVICE). ``last_us`` is the time of the
+    newest packet counted: the decisive one when this row crosses a threshold. ``values`` is float64[n, len(NAMES)], finite.
     """
 
     scope: Scope

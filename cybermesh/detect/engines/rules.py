@@ -1,0 +1,153 @@
+"""The rule engine: known attacks as conditions over flows and windows, evaluated on whole batches.
+
+A rule whose condition needs a value the source could not know abstains, and that is counted. What fired is explained with the
+values it fired on, so a finding can be checked without the traffic.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from cybermesh.addresses import normalise_address
+from cybermesh.detect.engines import Finding
+from cybermesh.detect.engines.rule_file import FLOWS, KEY_NAMES, Rule, RuleSet
+from cybermesh.detect.expressions import Column
+from cybermesh.telemetry.flows import FlowBatch
+from cybermesh.telemetry.windows import COLUMN, NAMES, Scope, Service, WindowBatch
+
+FINDINGS_PER_RULE_MAX = 256  # of one batch; more entities than that are counted, not listed
+_MAJORITY = 0.5
+
+
+class RuleEngine:
+    """Evaluates a rule set; ``flow_names`` are the names of the feature columns, in order."""
+
+    def __init__(self, rules: RuleSet, flow_names: tuple[str, ...] = ()) -> None:
+        self.rules = rules
+        self.abstained = 0  # rule evaluations left out for want of a value
+        self.unlisted = 0  # findings beyond ``FINDINGS_PER_RULE_MAX``
+        self._flow_names = flow_names
+
+    @property
+    def name(self) -> str:
+        """``rules``."""
+        return "rules"
+
+    def score_flows(self, flows: FlowBatch) -> list[Finding]:
+        """Return the findings of the rules over flows."""
+        rules = [rule for rule in self.rules.rules if rule.over == FLOWS]
+        if not rules or len(flows) == 0:
+            return []
+        known = dict(zip(self._flow_names, flows.known.tolist(), strict=True))
+        columns = {name: flows.features[:, index] for index, name in enumerate(self._flow_names)}
+        columns |= {"port": flows.dport.astype(np.float64), "protocol": flows.proto.astype(np.float64)}
+        columns["service"] = np.zeros(len(flows))
+        found: list[Finding] = []
+        for rule in rules:
+            for row, values in self._fired(rule, columns, known, len(flows)):
+                found.append(_flow_finding(rule, flows, row, values))
+        return found
+
+    def score_windows(self, windows: WindowBatch) -> list[Finding]:
+        """Return the findings of the rules over this scope and window length."""
+        rules = [rule for rule in self.rules.rules if rule.over == windows.scope and rule.window_s == windows.window_s]
+        if not rules or len(windows) == 0:
+            return []
+        known = dict(zip(NAMES, windows.known.tolist(), strict=True))
+        columns = {name: windows.values[:, index] for name, index in COLUMN.items()}
+        for name in KEY_NAMES:
+            columns[name] = getattr(windows, name).astype(np.float64)
+        found: list[Finding] = []
+        for rule in rules:
+            for row, values in self._fired(rule, columns, known, len(windows)):
+                found.append(_window_finding(rule, windows, row, values))
+        return found
+
+    def _fired(
+        self, rule: Rule, columns: Mapping[str, Column], known: Mapping[str, bool], n: int
+    ) -> list[tuple[int, dict[str, float]]]:
+        """Return the rows a rule fires on, the strongest first if there are too many, with the values it read."""
+        if not all(known.get(name, True) for name in rule.condition.names):
+            self.abstained += 1
+            return []
+        rows = np.nonzero(np.broadcast_to(rule.condition(columns), n))[0]
+        if len(rows) == 0:
+            return []
+        picked = {name: columns[name][rows] for name in rule.names}
+        picked["confidence"] = np.broadcast_to(np.clip(rule.confidence(picked), 0, 1), len(rows))
+        picked["count"] = np.broadcast_to(np.maximum(rule.count(picked), 1), len(rows))
+        order: npt.NDArray[np.intp] = np.arange(len(rows))
+        if len(rows) > FINDINGS_PER_RULE_MAX:
+            self.unlisted += len(rows) - FINDINGS_PER_RULE_MAX
+            order = np.argsort(-picked["count"], kind="stable")[:FINDINGS_PER_RULE_MAX]
+        return [(int(rows[i]), {name: float(column[i]) for name, column in picked.items()}) for i in order.tolist()]
+
+
+def address_text(packed: npt.NDArray[np.uint8]) -> str:
+    """Return 16 address bytes as canonical text, IPv4-mapped ones as IPv4."""
+    return str(normalise_address(ipaddress.IPv6Address(packed.tobytes())))
+
+
+def _window_finding(rule: Rule, windows: WindowBatch, row: int, values: Mapping[str, float]) -> Finding:
+    """Name the parties of a window's row: the initiator and its victim, by scope."""
+    names = {name: float(windows.values[row, COLUMN[name]]) for name in ("port_share", "peer_share")}
+    peer = address_text(windows.peer[row]) if names["peer_share"] >= _MAJORITY else None
+    source: str | None = address_text(windows.source[row])
+    victim: str | None = address_text(windows.destination[row])
+    if windows.scope is Scope.DESTINATION:
+        source = peer
+    elif windows.scope in (Scope.SOURCE, Scope.FANOUT):
+        victim = peer
+    keyed = windows.scope in (Scope.FANOUT, Scope.SERVICE)
+    port = int(windows.port[row]) if keyed or names["port_share"] >= _MAJORITY else 0
+    times = int(windows.first_us[row]), int(windows.last_us[row])
+    service = Service(int(windows.service[row])).name.lower()
+    return _finding(rule, values, (source, victim), (port, int(windows.protocol[row])), times, service)
+
+
+def _flow_finding(rule: Rule, flows: FlowBatch, row: int, values: Mapping[str, float]) -> Finding:
+    parties = address_text(flows.src[row]), address_text(flows.dst[row])
+    times = int(flows.start_us[row]), int(flows.end_us[row])
+    return _finding(rule, values, parties, (int(flows.dport[row]), int(flows.proto[row])), times, "unknown")
+
+
+def _finding(
+    rule: Rule,
+    values: Mapping[str, float],
+    parties: tuple[str | None, str | None],
+    service: tuple[int, int],
+    times: tuple[int, int],
+    service_name: str,
+) -> Finding:
+    source, victim = parties
+    accused = victim if rule.accuses_victim or source is None else source
+    assert accused is not None
+    shown = {name: _short(value) for name, value in values.items()}
+    shown |= {"source": source or "many sources", "victim": victim or "many hosts", "window_s": str(rule.window_s)}
+    shown |= {"port": str(service[0]), "service_name": service_name}
+    details: dict[str, float | int | str] = {name: value for name, value in values.items() if name in rule.names}
+    return Finding(
+        engine="rules",
+        type=rule.type,
+        entity=accused,
+        victim=victim,
+        port=service[0] or None,
+        protocol=service[1] or None,
+        score=values["confidence"],
+        severity=rule.severity,
+        first_us=times[0],
+        last_us=times[1],
+        count=int(values["count"]),
+        spoofable=rule.spoofable,
+        explanation=rule.explanation.format_map(shown),
+        rule_id=rule.id,
+        details={"window_s": rule.window_s, "over": rule.over, **details},
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:.3g}"

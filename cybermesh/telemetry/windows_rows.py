@@ -1,0 +1,128 @@
+"""From the tables' integers to the rows engines read: distinct counts, shares and entropies appear only here, as floats."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from cybermesh.telemetry.windows import COLUMN, COUNTS, NAMES, Scope, WindowBatch
+from cybermesh.telemetry.windows_table import SKETCH_CELLS, SlidingTable
+
+_CELL = 0x80
+_TCP, _UDP = 6, 17
+
+
+def window_rows(
+    table: SlidingTable, scope: Scope, kinds: tuple[str, ...], window: int, slots: npt.NDArray[np.int64]
+) -> WindowBatch:
+    """Return the rows of ``slots`` for the table's window number ``window``; ``kinds`` names the table's items in order."""
+    window_s = table.windows_s[window]
+    keys = table.keys[slots]
+    values = np.zeros((len(slots), len(NAMES)), np.float64)
+    values[:, : len(COUNTS)] = table.totals[window][slots]
+    last_us = table.last_us[slots]
+    first_us = np.maximum(table.first_us[window][slots], last_us - window_s * 1_000_000)
+    _derive(values)
+    values[:, COLUMN["span_s"]] = (last_us - first_us) / 1e6
+    port, protocol = _big_endian(keys[:, 32:34]), keys[:, 34].copy()
+    peer = np.zeros((len(slots), 16), np.uint8)
+    tops = _items(table, kinds, window, slots, values)
+    if scope not in (Scope.FANOUT, Scope.SERVICE) and "ports" in tops:
+        port, protocol = _big_endian(tops["ports"][:, :2]), tops["ports"][:, 2].copy()
+    if "peers" in tops:
+        peer = tops["peers"]
+    known = np.ones(len(NAMES), np.bool_)
+    for name in ("ports", "peers", "networks"):
+        known[COLUMN[name]] = name in kinds
+    for name in ("port_entropy", "port_share"):
+        known[COLUMN[name]] = "ports" in kinds
+    for name in ("peer_entropy", "peer_share"):
+        known[COLUMN[name]] = "peers" in kinds
+    return WindowBatch(
+        scope=scope,
+        window_s=window_s,
+        end_us=int(last_us.max()) if len(slots) else 0,
+        source=keys[:, :16].copy(),
+        destination=keys[:, 16:32].copy(),
+        port=port,
+        protocol=protocol,
+        service=table.service[slots],
+        peer=peer,
+        first_us=first_us,
+        last_us=last_us,
+        values=values,
+        known=known,
+    )
+
+
+def _big_endian(pairs: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
+    return (pairs[:, 0].astype(np.uint16) << np.uint16(8)) | pairs[:, 1]
+
+
+def _derive(values: npt.NDArray[np.float64]) -> None:
+    def total(*names: str) -> npt.NDArray[np.float64]:
+        summed: npt.NDArray[np.float64] = values[:, [COLUMN[name] for name in names]].sum(axis=1)
+        return summed
+
+    attempts = total("tcp_opened", "udp_opened", "echo_opened", "probes")
+    answered = total("tcp_answered", "udp_answered", "echo_answered")
+    refused = total("refused")
+    # An answer may be inside the window while its attempt has left it, so differences are floored.
+    unanswered = np.maximum(attempts - answered - refused, 0)
+    values[:, COLUMN["attempts"]] = attempts
+    values[:, COLUMN["unanswered"]] = unanswered
+    values[:, COLUMN["half_open"]] = np.maximum(total("tcp_answered") - total("established"), 0)
+    values[:, COLUMN["failed"]] = unanswered + refused
+
+
+def _items(
+    table: SlidingTable, kinds: tuple[str, ...], window: int, slots: npt.NDArray[np.int64], values: npt.NDArray[np.float64]
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """Fill what is derived from items; return per kind the value with the most packets of each row, uint8[n, 16]."""
+    allocated = table.items_allocated
+    row_of = np.full(len(table.keys), -1, np.int64)
+    row_of[slots] = np.arange(len(slots))
+    row = row_of[table.item_slot[:allocated]]
+    weights = table.item_weights[window][:allocated]
+    mine = np.nonzero((row >= 0) & weights.any(axis=1))[0]
+    row, weights = row[mine], weights[mine]
+    kind_of, value_of = table.item_kind[mine], table.item_value[mine]
+    tops: dict[str, npt.NDArray[np.uint8]] = {}
+    for number, name in enumerate(kinds):
+        exact, cell = kind_of == number, kind_of == (number | _CELL)
+        if name != "networks":
+            tops[name] = _concentration(name[:-1], row, weights[:, 0] * (exact | cell), exact, value_of, values)
+        counted = weights[:, 1] > 0
+        if name == "ports":
+            counted &= cell | np.isin(value_of[:, 2], (_TCP, _UDP))
+        cells = np.minimum(np.bincount(row[counted & cell], minlength=len(slots)), SKETCH_CELLS - 1)
+        sketched = np.round(-SKETCH_CELLS * np.log1p(-cells / SKETCH_CELLS))
+        values[:, COLUMN[name]] = np.bincount(row[counted & exact], minlength=len(slots)) + sketched
+    return tops
+
+
+def _concentration(
+    name: str,
+    row: npt.NDArray[np.int64],
+    packets: npt.NDArray[np.int64],
+    exact: npt.NDArray[np.bool_],
+    value_of: npt.NDArray[np.uint8],
+    values: npt.NDArray[np.float64],
+) -> npt.NDArray[np.uint8]:
+    """Fill ``name``_entropy and ``name``_share from the packets per item; return each row's top value."""
+    n = len(values)
+    sent = packets > 0
+    total = np.bincount(row, weights=packets, minlength=n)
+    spread = np.bincount(row[sent], weights=packets[sent] * np.log2(packets[sent]), minlength=n)
+    some = total > 0
+    entropy = np.zeros(n)
+    entropy[some] = np.log2(total[some]) - spread[some] / total[some]
+    values[:, COLUMN[f"{name}_entropy"]] = np.maximum(entropy, 0)
+    top = np.zeros((n, 16), np.uint8)
+    best = np.nonzero(exact)[0]
+    best = best[np.lexsort((packets[best], row[best]))]  # the last of each row is its greatest
+    most = np.zeros(n, np.int64)
+    most[row[best]] = packets[best]
+    top[row[best]] = value_of[best]
+    values[some, COLUMN[f"{name}_share"]] = most[some] / total[some]
+    return top
