@@ -97,7 +97,8 @@ def main() -> int:
     if os.geteuid() != 0:
         print("record: network namespaces need root", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job is born deaf to the first
+        signal.signal(number, _interrupt)
     try:
         path = record(options.scenario, SCENARIOS[options.scenario], options.out, seed=options.seed)
     except LabError as error:
