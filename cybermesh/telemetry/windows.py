@@ -94,8 +94,8 @@ class WindowBatch:
     """Rows of n entities of one scope, evaluated at ``end_us`` over the ``window_s`` seconds before.
 
     ``source`` is zero for scope DESTINATION, ``destination`` for SOURCE and FANOUT. ``port`` and ``protocol`` are part of the
-    key for FANOUT and SERVICE, else those of most packets (0: none). ``peer`` is the counterpart with the most packets (the
-    victim for SOURCE and FANOUT, the top talker for DESTINATION, zero for PAIR and SERVICE). ``last_us`` is the time of the
+    key for FANOUT and SERVICE, else those of most packets (0: none). ``peer`` is the counterpart with the most attempts (the
+    victim for SOURCE and FANOUT, the top attacker for DESTINATION, zero for PAIR and SERVICE). ``last_us`` is the time of the
     newest packet counted: the decisive one when this row crosses a threshold. ``values`` is float64[n, len(NAMES)], finite.
     """
 

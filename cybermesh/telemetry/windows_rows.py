@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
 from cybermesh.telemetry.windows import COLUMN, COUNTS, NAMES, Scope, WindowBatch
 from cybermesh.telemetry.windows_table import SKETCH_CELLS, SlidingTable
 
+KINDS: Mapping[Scope, tuple[str, ...]] = {  # the items each scope's table keeps, in order
+    Scope.SOURCE: ("ports", "peers", "networks"),
+    Scope.DESTINATION: ("ports", "peers"),
+    Scope.PAIR: ("ports",),
+    Scope.FANOUT: ("peers", "networks"),
+    Scope.SERVICE: (),
+}
 _CELL = 0x80
 _TCP, _UDP = 6, 17
 
 
-def window_rows(
-    table: SlidingTable, scope: Scope, kinds: tuple[str, ...], window: int, slots: npt.NDArray[np.int64]
-) -> WindowBatch:
-    """Return the rows of ``slots`` for the table's window number ``window``; ``kinds`` names the table's items in order."""
-    window_s = table.windows_s[window]
+def window_rows(table: SlidingTable, scope: Scope, window: int, slots: npt.NDArray[np.int64], end_us: int) -> WindowBatch:
+    """Return the rows of ``slots`` (at least one) for the table's window number ``window``, evaluated at ``end_us``."""
+    window_s, kinds = table.windows_s[window], KINDS[scope]
     keys = table.keys[slots]
     values = np.zeros((len(slots), len(NAMES)), np.float64)
     values[:, : len(COUNTS)] = table.totals[window][slots]
@@ -41,7 +48,7 @@ def window_rows(
     return WindowBatch(
         scope=scope,
         window_s=window_s,
-        end_us=int(last_us.max()) if len(slots) else 0,
+        end_us=end_us,
         source=keys[:, :16].copy(),
         destination=keys[:, 16:32].copy(),
         port=port,
@@ -91,7 +98,9 @@ def _items(
     for number, name in enumerate(kinds):
         exact, cell = kind_of == number, kind_of == (number | _CELL)
         if name != "networks":
-            tops[name] = _concentration(name[:-1], row, weights[:, 0] * (exact | cell), exact, value_of, values)
+            tops[name] = _concentration(
+                name[:-1], row, weights * (exact | cell)[:, None], np.nonzero(exact)[0], value_of, values
+            )
         counted = weights[:, 1] > 0
         if name == "ports":
             counted &= cell | np.isin(value_of[:, 2], (_TCP, _UDP))
@@ -104,13 +113,13 @@ def _items(
 def _concentration(
     name: str,
     row: npt.NDArray[np.int64],
-    packets: npt.NDArray[np.int64],
-    exact: npt.NDArray[np.bool_],
+    weights: npt.NDArray[np.int64],
+    named: npt.NDArray[np.intp],
     value_of: npt.NDArray[np.uint8],
     values: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.uint8]:
-    """Fill ``name``_entropy and ``name``_share from the packets per item; return each row's top value."""
-    n = len(values)
+    """Fill ``name``_entropy and ``name``_share from the packets per item; return each row's top value among ``named``."""
+    n, packets = len(values), weights[:, 0]
     sent = packets > 0
     total = np.bincount(row, weights=packets, minlength=n)
     spread = np.bincount(row[sent], weights=packets[sent] * np.log2(packets[sent]), minlength=n)
@@ -118,11 +127,12 @@ def _concentration(
     entropy = np.zeros(n)
     entropy[some] = np.log2(total[some]) - spread[some] / total[some]
     values[:, COLUMN[f"{name}_entropy"]] = np.maximum(entropy, 0)
-    top = np.zeros((n, 16), np.uint8)
-    best = np.nonzero(exact)[0]
-    best = best[np.lexsort((packets[best], row[best]))]  # the last of each row is its greatest
     most = np.zeros(n, np.int64)
-    most[row[best]] = packets[best]
-    top[row[best]] = value_of[best]
+    np.maximum.at(most, row[named], packets[named])
     values[some, COLUMN[f"{name}_share"]] = most[some] / total[some]
+    # The counterpart is the one with the most attempts: who downloads a lot is not who floods.
+    first = weights[named, 1] if name == "peer" else packets[named]
+    best = named[np.lexsort((packets[named], first, row[named]))]  # the last of each row is its greatest
+    top = np.zeros((n, 16), np.uint8)
+    top[row[best]] = value_of[best]
     return top

@@ -21,7 +21,7 @@ from cybermesh.telemetry.windows import COUNTS, Scope, WindowBatch
 from cybermesh.telemetry.windows_columns import Columns, columns, joined
 from cybermesh.telemetry.windows_connections import Connections, Rows
 from cybermesh.telemetry.windows_keys import group
-from cybermesh.telemetry.windows_rows import window_rows
+from cybermesh.telemetry.windows_rows import KINDS, window_rows
 from cybermesh.telemetry.windows_table import Additions, Overflow, SlidingTable
 from cybermesh.telemetry.windows_timeline import Timeline
 
@@ -29,13 +29,6 @@ CHUNK = 8192
 CAPACITY = 32_768  # entities per scope
 ITEMS_MAX = 131_072  # per scope
 LOG_MAX = 1_000_000  # remembered numbers per scope, about 30 bytes each
-KINDS: Mapping[Scope, tuple[str, ...]] = {
-    Scope.SOURCE: ("ports", "peers", "networks"),
-    Scope.DESTINATION: ("ports", "peers"),
-    Scope.PAIR: ("ports",),
-    Scope.FANOUT: ("peers", "networks"),
-    Scope.SERVICE: (),
-}
 _PACKETS_OUT = COUNTS.index("packets_out")
 
 
@@ -60,6 +53,7 @@ class SlidingWindows:
         self._waiting: list[Columns] = []
         self._waiting_rows = 0
         self._hop: int | None = None
+        self._newest_us = 0
         self.strangers = 0  # sources that were counted at their destinations only
 
     @property
@@ -78,7 +72,7 @@ class SlidingWindows:
         return self._timeline.strays
 
     def update(self, batch: PacketBatch) -> list[WindowBatch]:
-        """Count a batch; return the rows of every hop that ended with it, in order."""
+        """Count a batch; return the rows of every hop that ended with it, in order; those of one hop have one ``end_us``."""
         if len(batch) == 0:
             return []
         fresh = columns(batch, self._timeline.hops(batch.ts_us))
@@ -120,7 +114,7 @@ class SlidingWindows:
 
     def _emit(self, slots: Mapping[Scope, npt.NDArray[np.int64]]) -> list[WindowBatch]:
         return [
-            window_rows(table, scope, KINDS[scope], window, slots[scope])
+            window_rows(table, scope, window, slots[scope], self._newest_us)
             for scope, table in self._tables.items()
             for window in range(len(table.windows_s))
             if len(slots[scope])
@@ -132,6 +126,7 @@ class SlidingWindows:
             return
         chunk = joined(self._waiting)
         self._waiting, self._waiting_rows = [], 0
+        self._newest_us = int(chunk.ts_us.max())
         rows = self._connections.step(chunk)
         strange = self._strange(rows)
         self.strangers += int(strange.sum())

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cybermesh.telemetry.windows import WindowBatch
-
 from cybermesh.telemetry.flows import FlowBatch
+from cybermesh.telemetry.windows import WindowBatch
 
 TYPES = (
     "ddos",
@@ -35,8 +34,8 @@ class Finding:
     """One engine's claim that ``entity`` did something of ``type`` between ``first_us`` and ``last_us`` (packet time).
 
     ``entity`` is the attacking address in canonical text; for floods whose sources can be forged (``spoofable``) it is still
-    the observed source, and the policy must aim at ``victim`` and ``port`` instead. ``score`` is 0-1, ``severity`` 1-10, ``count``
-    the flows, packets or attempts behind it. ``details`` holds the feature values or window counts that fired.
+    the observed source, and the policy must aim at ``victim`` and ``port`` instead. ``score`` is 0-1, ``severity`` 1-10,
+    ``count`` the flows, packets or attempts behind it. ``details`` holds the feature values or window counts that fired.
     """
 
     engine: str

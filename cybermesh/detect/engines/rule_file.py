@@ -10,8 +10,7 @@ A file is a list of rules. A rule:
       severity: 8                        # 1-10
       confidence: clip(0.9 + ports / 1000, 0, 0.98)    # a number or an expression, 0-1
       count: attempts                    # expression: how many flows, packets or attempts are behind a finding
-      entity: source                     # whom it accuses: source, or victim for attacks whose sources are forged or many
-      spoofable: false                   # true: no handshake was completed, so sources may be forged
+      spoofable: false                   # true: needs no answer, so sources may be forged: the victim is what counts
       explanation: "{source} tried {ports} ports of {victim}"
       references: [T1046]                # MITRE ATT&CK technique ids, or URLs
       tests:                             # at least one that fires and one that does not
@@ -57,7 +56,7 @@ _REFERENCE = re.compile(r"T\d{4}(\.\d{3})?|https://\S+")
 _REQUIRED = frozenset(
     {"id", "type", "over", "condition", "severity", "confidence", "count", "explanation", "references", "tests"}
 )
-_KEYS = _REQUIRED | {"window_s", "entity", "spoofable"}
+_KEYS = _REQUIRED | {"window_s", "spoofable"}
 
 
 class RuleError(Exception):
@@ -91,7 +90,6 @@ class Rule:
     severity: int
     confidence: Expression
     count: Expression
-    accuses_victim: bool
     spoofable: bool
     explanation: str
     references: tuple[str, ...]
@@ -214,7 +212,6 @@ class _Reader:
             severity=self._integer("severity", 1, 10),
             confidence=self._expression("confidence", names),
             count=self._expression("count", names),
-            accuses_victim=self._choice("entity", ("source", "victim"), "source") == "victim",
             spoofable=self._boolean("spoofable"),
             explanation=self._explanation(names),
             references=self._references(),
@@ -236,8 +233,8 @@ class _Reader:
             self._fail(key, f"{key}: expected a text")
         return value
 
-    def _choice(self, key: str, choices: Sequence[str], default: str | None = None) -> str:
-        value = self._values.get(key, default)
+    def _choice(self, key: str, choices: Sequence[str]) -> str:
+        value = self._values[key]
         if not isinstance(value, str) or value not in choices:
             self._fail(key, f"{key}: expected one of {', '.join(choices)}, got {value!r}")
         return value

@@ -21,6 +21,7 @@ from cybermesh.telemetry.windows import COLUMN, NAMES, Scope, Service, WindowBat
 
 FINDINGS_PER_RULE_MAX = 256  # of one batch; more entities than that are counted, not listed
 _MAJORITY = 0.5
+_FEW_PORTS = 8  # beyond this an attack is not on one port, even if most packets are
 
 
 class RuleEngine:
@@ -93,17 +94,16 @@ def address_text(packed: npt.NDArray[np.uint8]) -> str:
 
 
 def _window_finding(rule: Rule, windows: WindowBatch, row: int, values: Mapping[str, float]) -> Finding:
-    """Name the parties of a window's row: the initiator and its victim, by scope."""
-    names = {name: float(windows.values[row, COLUMN[name]]) for name in ("port_share", "peer_share")}
-    peer = address_text(windows.peer[row]) if names["peer_share"] >= _MAJORITY else None
-    source: str | None = address_text(windows.source[row])
-    victim: str | None = address_text(windows.destination[row])
+    """Name the parties of a window's row: the initiator (of a destination's row, the most active one) and its victim."""
+    shares = {name: float(windows.values[row, COLUMN[name]]) for name in ("port_share", "peer_share")}
+    source, victim = address_text(windows.source[row]), address_text(windows.destination[row])
     if windows.scope is Scope.DESTINATION:
-        source = peer
+        source = address_text(windows.peer[row])
     elif windows.scope in (Scope.SOURCE, Scope.FANOUT):
-        victim = peer
+        victim = address_text(windows.peer[row]) if shares["peer_share"] >= _MAJORITY else ""
     keyed = windows.scope in (Scope.FANOUT, Scope.SERVICE)
-    port = int(windows.port[row]) if keyed or names["port_share"] >= _MAJORITY else 0
+    single = shares["port_share"] >= _MAJORITY and windows.values[row, COLUMN["ports"]] <= _FEW_PORTS
+    port = int(windows.port[row]) if keyed or single else 0
     times = int(windows.first_us[row]), int(windows.last_us[row])
     service = Service(int(windows.service[row])).name.lower()
     return _finding(rule, values, (source, victim), (port, int(windows.protocol[row])), times, service)
@@ -118,23 +118,21 @@ def _flow_finding(rule: Rule, flows: FlowBatch, row: int, values: Mapping[str, f
 def _finding(
     rule: Rule,
     values: Mapping[str, float],
-    parties: tuple[str | None, str | None],
+    parties: tuple[str, str],
     service: tuple[int, int],
     times: tuple[int, int],
     service_name: str,
 ) -> Finding:
     source, victim = parties
-    accused = victim if rule.accuses_victim or source is None else source
-    assert accused is not None
     shown = {name: _short(value) for name, value in values.items()}
-    shown |= {"source": source or "many sources", "victim": victim or "many hosts", "window_s": str(rule.window_s)}
+    shown |= {"source": source, "victim": victim or "many hosts", "window_s": str(rule.window_s)}
     shown |= {"port": str(service[0]), "service_name": service_name}
     details: dict[str, float | int | str] = {name: value for name, value in values.items() if name in rule.names}
     return Finding(
         engine="rules",
         type=rule.type,
-        entity=accused,
-        victim=victim,
+        entity=source,
+        victim=victim or None,
         port=service[0] or None,
         protocol=service[1] or None,
         score=values["confidence"],

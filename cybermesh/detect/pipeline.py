@@ -1,0 +1,93 @@
+"""Packets in, detections out: windows, meter and detector in one piece, the same for files and for live traffic.
+
+``feed`` works off whole hops of packet time, so what it returns does not depend on how a file is cut into batches. With
+``prompt`` it also looks at what has grown since, which is what live traffic needs: nobody waits for a second to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from cybermesh.detect.detector import Detection, Detector, Limits
+from cybermesh.detect.engines import Engine
+from cybermesh.detect.engines.rule_file import RuleSet
+from cybermesh.detect.engines.rules import RuleEngine
+from cybermesh.detect.engines.statistics import METRICS, StatisticsEngine
+from cybermesh.detect.ensemble import Ensemble
+from cybermesh.telemetry.flows import FlowBatch
+from cybermesh.telemetry.packets import PacketBatch
+from cybermesh.telemetry.windows import Scope
+from cybermesh.telemetry.windows_sliding import SlidingWindows
+
+STATISTICS_WINDOW_S = {Scope.DESTINATION: 10, Scope.SOURCE: 60}
+
+
+class Meter(Protocol):
+    """Turns packets into finished flows."""
+
+    def add(self, batch: PacketBatch) -> FlowBatch:
+        """Return the flows that ended with this batch."""
+        ...
+
+    def flush(self) -> FlowBatch:
+        """Return the flows still open."""
+        ...
+
+
+class Pipeline:
+    """Windows, an optional meter, and the detector they feed."""
+
+    def __init__(self, windows: SlidingWindows, meter: Meter | None, detector: Detector) -> None:
+        self.windows = windows
+        self.detector = detector
+        self.packets = 0
+        self.flows = 0
+        self._meter = meter
+
+    def feed(self, batch: PacketBatch, *, prompt: bool = False) -> list[Detection]:
+        """Take a batch of packets; return the alerts that are new or escalate."""
+        self.packets += len(batch)
+        rows = self.windows.update(batch)
+        if prompt:
+            rows += self.windows.prompt()
+        return self.detector.detect(self._metered(batch), rows)
+
+    def finish(self) -> list[Detection]:
+        """End the input: score what is still open; return new and escalating alerts, then the last state of the others."""
+        flows = self._meter.flush() if self._meter is not None else None
+        self.flows += len(flows) if flows is not None else 0
+        return self.detector.detect(flows, self.windows.finish()) + self.detector.finish()
+
+    def _metered(self, batch: PacketBatch) -> FlowBatch | None:
+        if self._meter is None:
+            return None
+        flows = self._meter.add(batch)
+        self.flows += len(flows)
+        return flows
+
+
+def build(
+    rules: RuleSet,
+    *,
+    meter: Meter | None = None,
+    flow_names: tuple[str, ...] = (),
+    more_engines: Sequence[Engine] = (),
+    statistics: StatisticsEngine | None = None,
+    ensemble: Ensemble | None = None,
+    limits: Limits | None = None,
+    model_digest: str = "",
+) -> Pipeline:
+    """Return a pipeline over a rule set, with a statistics engine (a new one by default) and whatever else is given."""
+    engines: list[Engine] = [RuleEngine(rules, flow_names), statistics if statistics is not None else StatisticsEngine()]
+    engines += more_engines
+    detector = Detector(engines, ensemble if ensemble is not None else Ensemble(), limits, rules, model_digest)
+    return Pipeline(SlidingWindows(wanted(rules)), meter, detector)
+
+
+def wanted(rules: RuleSet) -> Mapping[Scope, tuple[int, ...]]:
+    """Return the window lengths that the rules and the statistics engine read, per scope."""
+    lengths = {scope: set(seconds) for scope, seconds in rules.wanted().items()}
+    for metric in METRICS:
+        lengths.setdefault(metric.scope, set()).add(STATISTICS_WINDOW_S[metric.scope])
+    return {scope: tuple(sorted(seconds)) for scope, seconds in sorted(lengths.items())}

@@ -1,0 +1,25 @@
+"""A bound on how much is reported per second of packet time: a bucket of integers, no clock of its own."""
+
+from __future__ import annotations
+
+
+class RateLimit:
+    """Allows ``per_s`` events per second, and bursts of as many; time that goes back refills nothing."""
+
+    def __init__(self, per_s: int) -> None:
+        assert per_s > 0
+        self.refused = 0
+        self._per_s = per_s
+        self._micro = per_s * 1_000_000
+        self._at_us: int | None = None
+
+    def allows(self, now_us: int) -> bool:
+        """Take one event at ``now_us``; False, and counted, if there were too many."""
+        if self._at_us is not None and now_us > self._at_us:
+            self._micro = min(self._per_s * 1_000_000, self._micro + (now_us - self._at_us) * self._per_s)
+        self._at_us = now_us if self._at_us is None else max(self._at_us, now_us)
+        if self._micro < 1_000_000:
+            self.refused += 1
+            return False
+        self._micro -= 1_000_000
+        return True
