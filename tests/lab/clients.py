@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,12 +74,27 @@ def work(lab: Lab, rng: random.Random, rounds: int) -> list[Errand]:
     return errands
 
 
-SCRIPTS: dict[str, Script] = {"office1": browse, "office2": look_around, "customer": work}
+def crowd(lab: Lab, rng: random.Random, rounds: int) -> list[Errand]:
+    """Bursts of many page loads at once, as from a proxy or a load test: much traffic, no attack."""
+    burst = ("ab", "-q", "-n", "300", "-c", "50", f"{_WWW}/logo.svg")
+    return [Errand(burst, rng.uniform(1.0, 3.0)) for _ in range(rounds)]
+
+
+def monitor(lab: Lab, rng: random.Random, rounds: int) -> list[Errand]:
+    """A monitoring host that asks ssh, web, DNS and the host itself every second: short, regular, and never logged in."""
+    server = lab["server"].ipv4
+    probes: tuple[tuple[str, ...], ...] = (
+        ("ssh-keyscan", "-T", "5", "-t", "ed25519", server),
+        ("curl", "-sSf", "--head", "-o", "/dev/null", f"http://{server}/"),
+        _dig(lab, f"www.{DOMAIN}", "A"),
+        ("ping", "-n", "-q", "-c", "1", server),
+    )
+    return [Errand(probe, 0.25) for _ in range(rounds) for probe in probes]
 
 
 @contextmanager
-def busy_clients(lab: Lab, *, seed: int, rounds: dict[str, int]) -> Iterator[threading.Event]:
-    """Let the clients named in ``rounds`` work while the context lasts, and at its end wait until they are done.
+def busy_clients(lab: Lab, *, seed: int, scripts: Mapping[str, tuple[Script, int]]) -> Iterator[threading.Event]:
+    """Let each client of ``scripts`` work, so many rounds of its script, while the context lasts; at its end wait for them.
 
     The event is set as soon as something failed, so that nobody waits for a recording that is lost.
 
@@ -88,10 +103,10 @@ def busy_clients(lab: Lab, *, seed: int, rounds: dict[str, int]) -> Iterator[thr
     """
     stop = threading.Event()
     done: list[Future[None]] = []
-    with ThreadPoolExecutor(max_workers=max(1, len(rounds)), thread_name_prefix="client") as pool:
+    with ThreadPoolExecutor(max_workers=max(1, len(scripts)), thread_name_prefix="client") as pool:
         try:
-            for name, count in rounds.items():
-                errands = SCRIPTS[name](lab, random.Random(f"{seed}/{name}"), count)
+            for name, (script, rounds) in scripts.items():
+                errands = script(lab, random.Random(f"{seed}/{name}"), rounds)
                 done.append(pool.submit(_work_through, lab, name, errands, stop))
             yield stop
         except BaseException:

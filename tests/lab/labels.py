@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.lab.capture import Packet, packets
+from tests.lab.capture import ACK, RST, TCP, Packet, packets
 from tests.lab.network import OUTSIDE, PROTECTED, Lab, LabError
 
 FORMAT = "cybermesh-lab-labels/1"
@@ -84,6 +84,7 @@ def describe(lab: Lab, path: Path, truths: Sequence[Truth], *, scenario: str, sn
         LabError: an attack left no packet in the capture.
     """
     recorded = list(packets(path))
+    names = attribute(recorded, truths)
     benign = [host for host in lab.hosts if host.role != "attacker"]
     return {
         "format": FORMAT,
@@ -95,13 +96,13 @@ def describe(lab: Lab, path: Path, truths: Sequence[Truth], *, scenario: str, sn
         "first_us": recorded[0].ts_us,
         "last_us": recorded[-1].ts_us,
         "packets": len(recorded),
-        "flows": dict(sorted(flow_labels(recorded, truths).items())),
+        "flows": dict(sorted(flow_labels(recorded, names).items())),
         "networks": {"protected": list(PROTECTED), "outside": list(OUTSIDE)},
         "hosts": [{"name": host.name, "role": host.role, "addresses": list(host.addresses)} for host in lab.hosts],
         "router": list(lab.router.addresses),
         "benign": [address for host in benign if host.role == "client" for address in host.addresses],
         "never_block": [address for host in (*benign, lab.router) for address in host.addresses],
-        "attacks": [asdict(_recorded(truth, recorded)) for truth in truths],
+        "attacks": [asdict(_recorded(truth, recorded, names)) for truth in truths],
     }
 
 
@@ -110,19 +111,29 @@ def write(labels: dict[str, object], path: Path) -> None:
     path.write_text(json.dumps(labels, indent=1) + "\n")
 
 
-def flow_labels(recorded: Iterable[Packet], truths: Sequence[Truth]) -> Counter[str]:
-    """Conversations (both directions of one 5-tuple) by the name of the attack they belong to, or ``benign``."""
-    names: dict[object, str] = {}
-    for packet in recorded:
-        name = next((truth.name for truth in truths if truth.covers(packet)), BENIGN)
+def attribute(recorded: Sequence[Packet], truths: Sequence[Truth]) -> list[str]:
+    """The name of the attack that each packet belongs to, or ``benign``."""
+    forged = {source for truth in truths if truth.spoofed for source in truth.sources}
+    # Where an innocent's address was forged, its own connections differ from the forged ones by being completed.
+    completed = {p.flow for p in recorded if p.src in forged and p.protocol == TCP and p.flags & ACK and not p.flags & RST}
+    return [
+        next((t.name for t in truths if t.covers(packet) and not (t.spoofed and packet.flow in completed)), BENIGN)
+        for packet in recorded
+    ]
+
+
+def flow_labels(recorded: Sequence[Packet], names: Sequence[str]) -> Counter[str]:
+    """Conversations (both directions of one 5-tuple) by label; ``names`` are those of the packets."""
+    labelled: dict[object, str] = {}
+    for packet, name in zip(recorded, names, strict=True):
         # What is part of an attack stays so, whatever straggles in later.
-        if names.get(packet.flow, BENIGN) == BENIGN:
-            names[packet.flow] = name
-    return Counter(names.values())
+        if labelled.get(packet.flow, BENIGN) == BENIGN:
+            labelled[packet.flow] = name
+    return Counter(labelled.values())
 
 
-def _recorded(truth: Truth, recorded: Sequence[Packet]) -> Attack:
-    covered = [packet for packet in recorded if truth.covers(packet)]
+def _recorded(truth: Truth, recorded: Sequence[Packet], names: Sequence[str]) -> Attack:
+    covered = [packet for packet, name in zip(recorded, names, strict=True) if name == truth.name]
     own = [packet.ts_us for packet in covered if packet.src in truth.sources]
     if not own:
         raise LabError(f"{truth.name}: not one packet of it was recorded")

@@ -47,7 +47,7 @@ def record(name: str, scenario: Scenario, out: Path, *, seed: int = 1) -> Path:
             start(lab)
         path = lab.directory / f"{name}.pcap"
         truths = []
-        with recording(lab, path), busy_clients(lab, seed=seed, rounds=scenario.rounds) as failed:
+        with recording(lab, path), busy_clients(lab, seed=seed, scripts=scenario.clients) as failed:
             began = time.monotonic()
             for act in scenario.acts:
                 _pause(failed, began + act.at_s - time.monotonic())

@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from tests.lab import clients, servers
 from tests.lab.attacks import Plan, flood, guess_passwords, scan
+from tests.lab.clients import Script, browse, crowd, look_around, monitor, work
 from tests.lab.network import Lab
 
-_QUIET = {"office1": 3, "office2": 4, "customer": 2}
+Clients = Mapping[str, tuple[Script, int]]
+
+
+def _clients(browsing: int, looking: int, working: int) -> Clients:
+    return {"office1": (browse, browsing), "office2": (look_around, looking), "customer": (work, working)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +30,10 @@ class Act:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Attacks in order of time among clients that go ``rounds`` rounds each; ``tools`` are the attacks' programs."""
+    """Attacks in order of time among busy clients; ``tools`` are the programs that not every scenario needs."""
 
     acts: tuple[Act, ...]
-    rounds: dict[str, int] = field(default_factory=lambda: dict(_QUIET))
+    clients: Clients = field(default_factory=lambda: _clients(3, 4, 2))
     extra_servers: tuple[Callable[[Lab], None], ...] = ()
     tools: tuple[str, ...] = ()
 
@@ -43,13 +48,16 @@ def _one(plan: Callable[[Lab], Plan], tool: str) -> Scenario:
 
 DEMO = Scenario(
     (Act(5.0, scan), Act(11.0, guess_passwords), Act(20.0, flood)),
-    rounds={"office1": 13, "office2": 11, "customer": 8},
+    clients=_clients(13, 11, 8),
     tools=("nmap", "medusa", "hping3"),
 )
 
 SCENARIOS = {
     "demo": DEMO,
-    "benign": Scenario((), rounds={"office1": 8, "office2": 8, "customer": 5}),
+    "benign": Scenario((), clients=_clients(8, 8, 5)),
+    "benign-busy": Scenario(
+        (), clients={"office1": (crowd, 6), "office2": (monitor, 15), "customer": (work, 5)}, tools=("ab", "ssh-keyscan")
+    ),
     "connect-scan": _one(lambda lab: scan(lab, technique="connect_scan", flags=("-sT", "--top-ports", "200")), "nmap"),
     "fin-scan": _one(lambda lab: scan(lab, technique="fin_scan", flags=("-sF", "--top-ports", "200")), "nmap"),
     "udp-scan": _one(lambda lab: scan(lab, technique="udp_scan", flags=("-sU", "--top-ports", "60")), "nmap"),
@@ -58,7 +66,7 @@ SCENARIOS = {
     ),
     "ssh-guesses-slow": _one(lambda lab: guess_passwords(lab, tasks=1, users=4), "medusa"),
     "ftp-guesses": Scenario(
-        (Act(2.0, lambda lab: guess_passwords(lab, service="ftp")),),
+        (Act(2.0, lambda lab: guess_passwords(lab, service="ftp", tasks=8, users=4)),),
         extra_servers=(servers.serve_ftp,),
         tools=("medusa", "vsftpd"),
     ),

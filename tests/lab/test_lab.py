@@ -21,7 +21,7 @@ import pytest
 from tests.conftest import ROOT, skip_or_fail
 from tests.lab import labels
 from tests.lab.attacks import carry_out, scan
-from tests.lab.capture import ACK, SYN, TCP, packets, recording
+from tests.lab.capture import ACK, RST, SYN, TCP, Packet, packets, recording
 from tests.lab.network import HOSTS, Lab, LabError, missing_tools, wait_until
 from tests.lab.record import refuse_names
 from tests.lab.scenarios import SCENARIOS
@@ -134,6 +134,30 @@ def test_a_command_that_fails_or_hangs_is_an_error_that_names_it(netns: None) ->
         with pytest.raises(LabError, match="not done after"):
             lab.run("router", ["tail", "-f", "/dev/null"], timeout_s=0.2)
         assert lab.run("router", ["hostname"], timeout_s=5).stdout == "router\n"
+
+
+def test_a_forged_innocents_own_connection_is_not_part_of_the_flood() -> None:
+    innocent, server = "203.0.113.25", "10.77.1.10"
+    truth = labels.Truth(
+        "flood", "ddos", "syn_flood", "tool", "command", (innocent, "203.0.113.140"), (server,), "tcp", 80, True, 1_000, 9_000
+    )
+
+    def packet(ts_us: int, src: str, sport: int, dst: str, dport: int, flags: int) -> Packet:
+        return Packet(ts_us, src, dst, TCP, sport, dport, flags, 60, b"")
+
+    recorded = [
+        packet(1_000, innocent, 5_000, server, 80, SYN),  # forged: the innocent's own host knows nothing of it
+        packet(1_001, server, 80, innocent, 5_000, SYN | ACK),
+        packet(1_002, innocent, 5_000, server, 80, RST),
+        packet(1_003, innocent, 6_000, server, 80, SYN),  # its own
+        packet(1_004, server, 80, innocent, 6_000, SYN | ACK),
+        packet(1_005, innocent, 6_000, server, 80, ACK),
+        packet(1_006, innocent, 7_000, server, 22, SYN),  # another port
+        packet(999, innocent, 8_000, server, 80, SYN),  # before the flood
+    ]
+    names = labels.attribute(recorded, [truth])
+    assert names == ["flood"] * 3 + ["benign"] * 5
+    assert labels.flow_labels(recorded, names) == {"flood": 1, "benign": 3}
 
 
 def test_the_shipped_capture_is_what_its_labels_say() -> None:
