@@ -1,0 +1,102 @@
+"""What a validator asks of the ledger, with plain arguments: choose, check and execute a block, and say when time is up.
+
+``roles/validator.py`` wraps these for consensus, which knows nothing of messages. ``choose`` is the honest proposer's: it
+executes what it is offered, anomalies before evidence before policies before operators' commands, and leaves out what would
+only give a refusal. ``is_within_limits`` is the cheap question that comes before any signature is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cybermesh.envelope import EnvelopeError
+from cybermesh.genesis import Genesis
+from cybermesh.ledger.receipts import JUNK, REQUEST_KEPT, Code
+from cybermesh.ledger.state import (
+    Applied,
+    InvalidBlock,
+    LedgerBlock,
+    State,
+    admit,
+    read_messages,
+    reduce_message,
+    size_fault,
+)
+from cybermesh.messages import SignedMessage
+from cybermesh.wire.admission import read_transaction, verify_transaction
+
+_WORTH_A_PLACE = REQUEST_KEPT | {Code.OK, Code.AWAITING_OPERATORS}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An honest proposer's answer: what goes into the block in this order, and what it gives up for good."""
+
+    payload: tuple[bytes, ...]
+    refused: tuple[bytes, ...]
+
+
+def is_valid(genesis: Genesis, transaction: bytes) -> bool:
+    """Return whether a transaction is intrinsically valid: signature and all, the same answer for ever."""
+    try:
+        verify_transaction(transaction, accept_unbound_fields=genesis.wire.accept_unbound_fields)
+    except EnvelopeError:
+        return False
+    return True
+
+
+def is_within_limits(state: State, block: LedgerBlock) -> bool:
+    """Return whether the block keeps the limits that need no signature: size, no transaction twice, little junk."""
+    if size_fault(state.genesis, block.transactions) is not None:
+        return False
+    messages = read_messages(state.genesis, block.transactions)
+    if isinstance(messages, InvalidBlock):
+        return False
+    draft = state.draft(height=block.height, time_ms=block.time_ms)
+    junk = sum(admit(draft, message) in JUNK for message in messages)
+    return junk <= state.genesis.block_limits.junk
+
+
+def choose(state: State, *, height: int, time_ms: int, candidates: Sequence[bytes]) -> Choice:
+    """Choose a block's payload out of ``candidates`` (oldest first, intrinsically valid).
+
+    Within the proposer's limits of transactions and bytes; at least one transaction fits. What does not fit stays a candidate.
+    """
+    limits, draft = state.genesis.block_limits, state.draft(height=height, time_ms=time_ms)
+    payload: list[bytes] = []
+    refused: list[bytes] = []
+    size = 0
+    # The first byte is the kind, numbered in the order in which messages refer to each other; the sort keeps arrival order.
+    for raw in sorted(dict.fromkeys(candidates), key=lambda transaction: transaction[:1]):
+        if len(payload) >= limits.proposal_transactions:
+            break
+        if payload and size + len(raw) > limits.proposal_bytes:
+            continue
+        try:
+            message = read_transaction(raw, accept_unbound_fields=state.genesis.wire.accept_unbound_fields)
+        except EnvelopeError:
+            refused.append(raw)
+            continue
+        code = admit(draft, message)
+        if code is not Code.OK or reduce_message(draft, message).code not in _WORTH_A_PLACE:
+            refused.append(raw)
+            continue
+        payload.append(raw)
+        size += len(raw)
+    return Choice(tuple(payload), tuple(refused))
+
+
+def execute(state: State, block: LedgerBlock) -> Applied | None:
+    """Execute a block; None when it is invalid as such and gets no vote."""
+    applied = state.apply(block)
+    return applied if isinstance(applied, Applied) else None
+
+
+def would_admit(state: State, transaction: bytes, now_ms: int) -> SignedMessage | None:
+    """Return the message if it would pass the local checks of a block made now on ``state``, else None."""
+    try:
+        message = read_transaction(transaction, accept_unbound_fields=state.genesis.wire.accept_unbound_fields)
+    except EnvelopeError:
+        return None
+    return message if admit(state.draft(height=0, time_ms=now_ms), message) is Code.OK else None
