@@ -1,0 +1,191 @@
+"""nftables as a backend: the table ``inet cybermesh`` and nothing else.
+
+Two ways to the kernel behind one small port: libnftables through its Python binding (one process-long handle for writing, which
+never lists and so never caches a large set, and one for reading), or the ``nft`` program with the script on its standard input.
+No shell is involved in either. The text of the scripts is in ``nft_script``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Collection
+from typing import Any, Final, Protocol
+
+import orjson
+
+from cybermesh.enforce.backends import Audit, BackendError, netlink, nft_script
+from cybermesh.enforce.reconcile import Plan
+from cybermesh.enforce.rules import Element, Match
+
+_LIST: Final = f"list table {nft_script.TABLE}"
+_GONE: Final = "No such file or directory"
+_ERROR_CHARS_MAX: Final = 300
+# Unused limit objects are harmless but stay until the table is rebuilt.
+_STALE_LIMITS_MAX: Final = 1_000
+
+
+class Channel(Protocol):
+    """A way to nftables."""
+
+    async def run(self, script: str) -> None:
+        """Run ``script`` as one transaction; BackendError leaves everything as it was."""
+        ...
+
+    async def list_table(self) -> bytes | None:
+        """Return nft's JSON of our table, None if there is no such table."""
+        ...
+
+
+class LibraryChannel:
+    """libnftables in this process; calls run in a thread and release the interpreter lock."""
+
+    def __init__(self) -> None:
+        """Open the handles.
+
+        Raises:
+            BackendError: The binding or the system's library is not there.
+        """
+        try:
+            import nftables  # optional extra "nftables"; the library comes from the system
+
+            self._writer: Any = nftables.Nftables()
+            self._reader: Any = nftables.Nftables()
+        except (ImportError, OSError) as fault:
+            raise BackendError("NO_FIREWALL", f"libnftables: {fault}") from fault
+        self._reader.set_json_output(True)
+        self._reader.set_numeric_proto_output(True)
+
+    async def run(self, script: str) -> None:
+        """Run ``script`` as one transaction."""
+        code, _, error = await asyncio.to_thread(self._writer.cmd, script)
+        if code != 0:
+            raise _translated(error)
+
+    async def list_table(self) -> bytes | None:
+        """Return nft's JSON of our table."""
+        code, output, error = await asyncio.to_thread(self._reader.cmd, _LIST)
+        if code != 0:
+            if _GONE in error:
+                return None
+            raise _translated(error)
+        return str(output).encode()
+
+
+class ProcessChannel:
+    """The ``nft`` program, for hosts without the binding."""
+
+    def __init__(self, program: str) -> None:
+        self._program = program
+
+    async def run(self, script: str) -> None:
+        """Run ``script`` as one transaction."""
+        code, _, error = await self._call(script.encode(), "-f", "-")
+        if code != 0:
+            raise _translated(error)
+
+    async def list_table(self) -> bytes | None:
+        """Return nft's JSON of our table."""
+        code, output, error = await self._call(b"", "-j", "-p", *_LIST.split())
+        if code != 0:
+            if _GONE in error:
+                return None
+            raise _translated(error)
+        return output
+
+    async def _call(self, text: bytes, *arguments: str) -> tuple[int, bytes, str]:
+        pipe = asyncio.subprocess.PIPE
+        try:
+            process = await asyncio.create_subprocess_exec(self._program, *arguments, stdin=pipe, stdout=pipe, stderr=pipe)
+        except OSError as fault:
+            raise BackendError("NO_FIREWALL", f"{self._program}: {fault}") from fault
+        try:
+            output, error = await process.communicate(text)
+        except asyncio.CancelledError:
+            process.kill()
+            await process.wait()
+            raise
+        return process.returncode or 0, output, error.decode(errors="replace")
+
+
+def open_channel() -> Channel:
+    """Return the library if it is there, else the program.
+
+    Raises:
+        BackendError: Neither is there.
+    """
+    try:
+        return LibraryChannel()
+    except BackendError as fault:
+        program = shutil.which("nft") or shutil.which("nft", path="/usr/sbin:/sbin")
+        if program is None:
+            raise BackendError("NO_FIREWALL", f"{fault.detail}, and no nft program; install the package nftables") from fault
+        return ProcessChannel(program)
+
+
+class NftablesBackend:
+    """The kernel's nftables in this process's network namespace; needs CAP_NET_ADMIN."""
+
+    name = "nftables"
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        # The sets we know to exist; None until the table has been built or read.
+        self._sets: frozenset[str] | None = None
+
+    async def apply(self, plan: Plan, now_ms: int) -> None:
+        """Make the changes of ``plan`` in one transaction."""
+        if not plan.drift:
+            return
+        if self._sets is None:
+            await self.audit(now_ms)
+        if self._sets is None:
+            raise BackendError("APPLY_FAILED", f"there is no table {nft_script.TABLE}")
+        script, sets = nft_script.change(plan, now_ms, self._sets)
+        await self._run(script)
+        self._sets = sets
+
+    async def rebuild(self, elements: Collection[Element], now_ms: int) -> None:
+        """Replace the table in one transaction."""
+        script, sets = nft_script.rebuild(elements, now_ms)
+        await self._run(script)
+        self._sets = sets
+
+    async def read_back(self, matches: Collection[Match]) -> frozenset[Match]:
+        """Ask the kernel for single elements."""
+        return await asyncio.to_thread(netlink.present, tuple(matches))
+
+    async def audit(self, now_ms: int) -> Audit:
+        """List our table."""
+        listed = await self._channel.list_table()
+        if listed is None:
+            self._sets = None
+            return Audit({}, (f"there is no table {nft_script.TABLE}",))
+        listing = await asyncio.to_thread(lambda: nft_script.read(orjson.loads(listed), now_ms))
+        self._sets = listing.sets
+        live = sum(1 for element in listing.elements.values() if element.rate is not None)
+        if listing.limits > 2 * live + _STALE_LIMITS_MAX:
+            listing.damage.append(f"{listing.limits - live} unused limit objects")
+        return Audit(listing.elements, tuple(listing.damage), listing.counters)
+
+    async def remove_all(self) -> None:
+        """Delete our table, whether it is there or not."""
+        await self._run(nft_script.REMOVE)
+        self._sets = None
+
+    async def _run(self, script: str) -> None:
+        try:
+            await self._channel.run(script)
+        except asyncio.CancelledError:
+            # It may have happened: look before the next change.
+            self._sets = None
+            raise
+
+
+def _translated(error: str) -> BackendError:
+    text = " ".join(error.split())[:_ERROR_CHARS_MAX]
+    if "Too many open files in system" in error:
+        return BackendError("SET_FULL", f"a set of {nft_script.TABLE} is full: {text}")
+    if "Operation not permitted" in error:
+        return BackendError("NO_RIGHTS", f"changing nftables needs CAP_NET_ADMIN: {text}")
+    return BackendError("APPLY_FAILED", text)
