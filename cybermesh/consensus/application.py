@@ -1,6 +1,8 @@
 """The port between consensus and what it orders: consensus never looks inside a transaction.
 
 An application is pure: the same arguments give the same answers on every node, and no call changes the state it was given.
+Only ``admit`` and ``select`` may depend on the node (its clock, its key ring): they decide what this node proposes, never
+what it votes for.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
+
+from cybermesh.consensus.mempool import PendingTransaction
 
 S = TypeVar("S")
 
@@ -36,6 +40,17 @@ class Execution(Generic[S]):
     outcome: object
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a proposer does with its candidates; one that is in neither tuple waits for a later block.
+
+    ``payload`` goes into the block in this order, ``refused`` (the candidates' bytes) leaves the mempool.
+    """
+
+    payload: tuple[bytes, ...]
+    refused: tuple[bytes, ...] = ()
+
+
 class Application(Protocol[S]):
     """What a replica needs from the state machine above it."""
 
@@ -43,8 +58,20 @@ class Application(Protocol[S]):
         """Return whether the transaction is intrinsically valid: no clock, no state, the same answer for ever."""
         ...
 
-    def select(self, parent: S, context: BlockContext, candidates: Sequence[bytes]) -> tuple[bytes, ...]:
-        """Return, in order, the candidates an honest proposer would put in this block (may be empty)."""
+    def admit(self, committed: S, transaction: bytes, now_ms: int) -> PendingTransaction | None:
+        """Return the transaction as the mempool wants it if this node would propose it now, else None.
+
+        Asked about transactions that other validators forward; ``committed`` is the state after the last commit, ``now_ms``
+        this node's clock.
+        """
+        ...
+
+    def select(self, parent: S, context: BlockContext, candidates: Sequence[bytes]) -> Selection:
+        """Return which candidates an honest proposer puts into this block, in order, and which it gives up."""
+        ...
+
+    def is_within_limits(self, parent: S, context: BlockContext, payload: tuple[bytes, ...]) -> bool:
+        """Return whether the block keeps the limits that can be checked without a signature; asked before ``is_valid``."""
         ...
 
     def execute(self, parent: S, context: BlockContext, payload: tuple[bytes, ...]) -> Execution[S] | None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import struct
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.types import (
+    NO_CERT,
     PROTOCOL_VERSION,
     Block,
     BlockHash,
@@ -25,6 +27,7 @@ from cybermesh.consensus.types import (
     Timeout,
     TimeoutCert,
     Vote,
+    merkle_root,
 )
 
 _VOTE_DOMAIN: Final = b"cm/vote/1"
@@ -42,12 +45,8 @@ class Signer(Protocol):
         ...
 
 
-class SignatureCheck(Protocol):
-    """A signature scheme's verification; a function."""
-
-    def __call__(self, public_key: bytes, message: bytes, signature: bytes) -> bool:
-        """Return whether the holder of ``public_key`` signed ``message``; false for garbage, never an exception."""
-        ...
+SignatureCheck = Callable[[bytes, bytes, bytes], bool]
+"""Verification of a signature scheme: (public key, message, signature); false for garbage, never an exception."""
 
 
 def vote_bytes(
@@ -87,13 +86,40 @@ class CertificateVerifier:
         self._seen[key] = None
         return True
 
-    def is_valid_block_signature(self, block: Block) -> bool:
-        """Return whether the header's author signed the block."""
-        return self.is_valid_header_signature(block.header, block.signature)
-
     def is_valid_header_signature(self, header: Header, signature: bytes) -> bool:
         """Return whether the header's author signed it."""
         return self.is_signed(header.author, header.hash, signature)
+
+    def proposal_fault(self, block: Block, leader: int) -> str | None:
+        """Return which part of a proposal is not what the protocol allows, whatever its round; None when all is well."""
+        header, qc, tc = block.header, block.qc, block.tc
+        if header.version != PROTOCOL_VERSION or header.chain_id != self._committee.chain_id:
+            return "chain"
+        if header.author != leader:
+            return "leader"
+        if qc.round >= header.round or (tc is None) != (qc.round + 1 == header.round):
+            return "round"
+        if tc is not None and tc.round + 1 != header.round:
+            return "round"
+        return body_fault(block) or self._signature_fault(block)
+
+    def certified_fault(self, block: Block, certificate: QuorumCert) -> str | None:
+        """Return why ``certificate`` does not vouch for this very block; its header needs no other check then."""
+        header = block.header
+        if header.version != PROTOCOL_VERSION or header.chain_id != self._committee.chain_id:
+            return "chain"
+        if certificate.block_hash != header.hash or not self.is_valid_quorum_cert(certificate):
+            return "certificate"
+        return body_fault(block) or self._signature_fault(block)
+
+    def _signature_fault(self, block: Block) -> str | None:
+        if not self.is_valid_header_signature(block.header, block.signature):
+            return "signature"
+        if not self.is_valid_quorum_cert(block.qc):
+            return "certificate"
+        if block.tc is not None and not self.is_valid_timeout_cert(block.tc):
+            return "timeout certificate"
+        return None
 
     def is_valid_vote(self, vote: Vote) -> bool:
         """Return whether the vote is of this epoch, plausible, and signed by its voter."""
@@ -163,3 +189,17 @@ class CertificateVerifier:
 
 def _voted_for(vote: Vote) -> tuple[bytes, int, bytes]:
     return vote.block_hash, vote.parent_round, vote.parent_hash
+
+
+def body_fault(block: Block) -> str | None:
+    """Return which part of the block is not the one its header commits to, None when all are."""
+    header, qc = block.header, block.qc
+    if header.qc_digest != qc.digest or header.parent_signers != qc.signers:
+        return "certificate"
+    if (header.parent_hash, header.parent_round) != (qc.block_hash, qc.round):
+        return "parent"
+    if header.tc_digest != (NO_CERT if block.tc is None else block.tc.digest):
+        return "timeout certificate"
+    if header.payload_root != merkle_root(block.payload):
+        return "payload"
+    return None

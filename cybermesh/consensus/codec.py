@@ -1,0 +1,397 @@
+"""Protocol values to protobuf bytes and back; protobuf types stay here.
+
+Rules:
+* A decoder gives a value whose every field fits its width, or raises MalformedError; it never trusts a length.
+* Nothing is verified here: signatures, quorums and digests are the replica's business.
+* Unknown fields are ignored, so that a newer minor version can add some; what is hashed or signed has no room for any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final, TypeVar, assert_never
+
+from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as Wire
+
+from cybermesh.consensus.events import SafetyRecord
+from cybermesh.consensus.types import (
+    COMMITTEE_MAX,
+    PROTOCOL_VERSION,
+    Block,
+    BlockHash,
+    Blocks,
+    DoubleProposal,
+    DoubleTimeout,
+    DoubleVote,
+    Evidence,
+    Forward,
+    GetBlocks,
+    Header,
+    Height,
+    MalformedError,
+    Message,
+    QuorumCert,
+    Round,
+    Sync,
+    Timeout,
+    TimeoutCert,
+    Vote,
+)
+from cybermesh.wire import consensus_pb2 as pb
+
+MESSAGE_BYTES_MAX: Final = 8 * 1024 * 1024
+PAYLOAD_COUNT_MAX: Final = 5_000
+BLOCKS_MAX: Final = 256
+_ROUND_MAX: Final = 2**63
+
+W = TypeVar("W", bound=Wire)
+
+
+def encode_message(message: Message) -> bytes:
+    """Return the frame that carries the message to another validator."""
+    frame = pb.ConsensusMessage(version=PROTOCOL_VERSION)
+    match message:
+        case Vote():
+            frame.vote.CopyFrom(_vote_out(message))
+        case Block():
+            frame.block.CopyFrom(_block_out(message))
+        case Timeout():
+            frame.timeout.CopyFrom(_timeout_out(message))
+        case Sync():
+            frame.sync.CopyFrom(_sync_out(message))
+        case GetBlocks(epoch, from_height, wanted):
+            frame.get_blocks.CopyFrom(pb.GetBlocks(epoch=epoch, from_height=from_height, wanted=wanted))
+        case Blocks(epoch, blocks, certificate):
+            inner = [_block_out(block) for block in blocks]
+            frame.blocks.CopyFrom(pb.Blocks(epoch=epoch, blocks=inner, certificate=_qc_out(certificate)))
+        case Forward(epoch, round_, transaction):
+            frame.forward.CopyFrom(pb.Forward(epoch=epoch, round=round_, transaction=transaction))
+        case _:
+            assert_never(message)
+    return frame.SerializeToString(deterministic=True)
+
+
+def decode_message(data: bytes) -> Message:
+    """Return the message of a frame.
+
+    Raises:
+        MalformedError: the bytes are not a message of this protocol version within its limits.
+    """
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise MalformedError(f"message: {len(data)} bytes, at most {MESSAGE_BYTES_MAX}")
+    frame = _parse(pb.ConsensusMessage(), data)
+    if frame.version != PROTOCOL_VERSION:
+        raise MalformedError(f"message: protocol version {frame.version} instead of {PROTOCOL_VERSION}")
+    match frame.WhichOneof("body"):
+        case "vote":
+            return _vote_in(frame.vote)
+        case "block":
+            return _block_in(frame.block)
+        case "timeout":
+            return _timeout_in(frame.timeout)
+        case "sync":
+            return _sync_in(frame.sync)
+        case "get_blocks":
+            ask = frame.get_blocks
+            return GetBlocks(ask.epoch, Height(_number(ask.from_height, "height")), _hash(ask.wanted))
+        case "blocks":
+            return _blocks_in(frame.blocks)
+        case "forward":
+            forward = frame.forward
+            return Forward(forward.epoch, _round(forward.round), forward.transaction)
+        case _:
+            raise MalformedError("message: no body that this version knows")
+
+
+def encode_block(block: Block) -> bytes:
+    """Return the stored form of a block."""
+    return _block_out(block).SerializeToString(deterministic=True)
+
+
+def decode_block(data: bytes) -> Block:
+    """Return a stored block.
+
+    Raises:
+        MalformedError: the bytes are not a block.
+    """
+    return _block_in(_parse(pb.Block(), data))
+
+
+def encode_quorum_cert(qc: QuorumCert) -> bytes:
+    """Return the stored form of a certificate."""
+    return _qc_out(qc).SerializeToString(deterministic=True)
+
+
+def decode_quorum_cert(data: bytes) -> QuorumCert:
+    """Return a stored certificate.
+
+    Raises:
+        MalformedError: the bytes are not a certificate.
+    """
+    return _qc_in(_parse(pb.QuorumCert(), data))
+
+
+def encode_evidence(evidence: Evidence) -> bytes:
+    """Return the stored and exported form of a proof of equivocation."""
+    match evidence:
+        case DoubleVote(first, second):
+            votes = pb.DoubleVote(first=_vote_out(first), second=_vote_out(second))
+            out = pb.EquivocationEvidence(double_vote=votes)
+        case DoubleTimeout(early, late):
+            timeouts = pb.DoubleTimeout(first=_timeout_out(early), second=_timeout_out(late))
+            out = pb.EquivocationEvidence(double_timeout=timeouts)
+        case DoubleProposal(one, one_signature, two, two_signature):
+            headers = pb.DoubleProposal(
+                first=one.encode(), first_signature=one_signature, second=two.encode(), second_signature=two_signature
+            )
+            out = pb.EquivocationEvidence(double_proposal=headers)
+        case _:
+            assert_never(evidence)
+    return out.SerializeToString(deterministic=True)
+
+
+def decode_evidence(data: bytes) -> Evidence:
+    """Return a proof of equivocation, not yet verified.
+
+    Raises:
+        MalformedError: the bytes are not one.
+    """
+    wire = _parse(pb.EquivocationEvidence(), data)
+    match wire.WhichOneof("kind"):
+        case "double_vote":
+            return DoubleVote(_vote_in(wire.double_vote.first), _vote_in(wire.double_vote.second))
+        case "double_timeout":
+            return DoubleTimeout(_timeout_in(wire.double_timeout.first), _timeout_in(wire.double_timeout.second))
+        case "double_proposal":
+            two = wire.double_proposal
+            return DoubleProposal(
+                Header.decode(two.first),
+                _signature(two.first_signature),
+                Header.decode(two.second),
+                _signature(two.second_signature),
+            )
+        case _:
+            raise MalformedError("evidence: of no kind that this version knows")
+
+
+def encode_record(record: SafetyRecord) -> bytes:
+    """Return the stored form of a safety record."""
+    out = pb.SafetyRecord(
+        epoch=record.epoch,
+        boot=record.boot,
+        last_voted_round=record.last_voted_round,
+        locked_round=record.locked_round,
+        last_proposed_round=record.last_proposed_round,
+        high_qc=_qc_out(record.high_qc),
+    )
+    if record.last_tc is not None:
+        out.last_tc.CopyFrom(_tc_out(record.last_tc))
+    if record.last_vote is not None:
+        out.last_vote.CopyFrom(_vote_out(record.last_vote))
+    if record.last_timeout is not None:
+        out.last_timeout.CopyFrom(_timeout_out(record.last_timeout))
+    return out.SerializeToString(deterministic=True)
+
+
+def decode_record(data: bytes) -> SafetyRecord:
+    """Return a stored safety record.
+
+    Raises:
+        MalformedError: the bytes are not one.
+    """
+    wire = _parse(pb.SafetyRecord(), data)
+    return SafetyRecord(
+        epoch=wire.epoch,
+        boot=wire.boot,
+        last_voted_round=_round(wire.last_voted_round),
+        locked_round=_round(wire.locked_round),
+        last_proposed_round=_round(wire.last_proposed_round),
+        high_qc=_qc_in(wire.high_qc),
+        last_tc=_tc_in(wire.last_tc) if wire.HasField("last_tc") else None,
+        last_vote=_vote_in(wire.last_vote) if wire.HasField("last_vote") else None,
+        last_timeout=_timeout_in(wire.last_timeout) if wire.HasField("last_timeout") else None,
+    )
+
+
+# Values to protobuf
+
+
+def _qc_out(qc: QuorumCert) -> pb.QuorumCert:
+    return pb.QuorumCert(
+        epoch=qc.epoch,
+        round=qc.round,
+        block_hash=qc.block_hash,
+        parent_round=qc.parent_round,
+        parent_hash=qc.parent_hash,
+        signatures=[pb.Signature(voter=voter, signature=signature) for voter, signature in qc.signatures],
+    )
+
+
+def _tc_out(tc: TimeoutCert) -> pb.TimeoutCert:
+    signatures = [
+        pb.TimeoutSignature(voter=voter, high_round=high_round, signature=signature)
+        for voter, high_round, signature in tc.signatures
+    ]
+    return pb.TimeoutCert(epoch=tc.epoch, round=tc.round, high_qc=_qc_out(tc.high_qc), signatures=signatures)
+
+
+def _vote_out(vote: Vote) -> pb.Vote:
+    return pb.Vote(
+        epoch=vote.epoch,
+        round=vote.round,
+        block_hash=vote.block_hash,
+        parent_round=vote.parent_round,
+        parent_hash=vote.parent_hash,
+        voter=vote.voter,
+        signature=vote.signature,
+    )
+
+
+def _timeout_out(timeout: Timeout) -> pb.Timeout:
+    return pb.Timeout(
+        epoch=timeout.epoch,
+        round=timeout.round,
+        high_qc=_qc_out(timeout.high_qc),
+        last_tc=None if timeout.last_tc is None else _tc_out(timeout.last_tc),
+        voter=timeout.voter,
+        signature=timeout.signature,
+    )
+
+
+def _block_out(block: Block) -> pb.Block:
+    return pb.Block(
+        header=block.header.encode(),
+        qc=_qc_out(block.qc),
+        tc=None if block.tc is None else _tc_out(block.tc),
+        payload=block.payload,
+        signature=block.signature,
+    )
+
+
+def _sync_out(sync: Sync) -> pb.Sync:
+    return pb.Sync(
+        epoch=sync.epoch,
+        high_qc=_qc_out(sync.high_qc),
+        last_tc=None if sync.last_tc is None else _tc_out(sync.last_tc),
+        committed_height=sync.committed_height,
+        boot=sync.boot,
+        wants_reply=sync.wants_reply,
+    )
+
+
+# Protobuf to values
+
+
+def _parse(into: W, data: bytes) -> W:
+    try:
+        into.ParseFromString(data)
+    except DecodeError as error:
+        raise MalformedError(f"{type(into).__name__}: {error}") from error
+    return into
+
+
+def _qc_in(wire: pb.QuorumCert) -> QuorumCert:
+    signatures = tuple((_voter(entry.voter), _signature(entry.signature)) for entry in _few(wire.signatures))
+    return QuorumCert(
+        wire.epoch, _round(wire.round), _hash(wire.block_hash), _round(wire.parent_round), _hash(wire.parent_hash), signatures
+    )
+
+
+def _tc_in(wire: pb.TimeoutCert) -> TimeoutCert:
+    signatures = tuple(
+        (_voter(entry.voter), _round(entry.high_round), _signature(entry.signature)) for entry in _few(wire.signatures)
+    )
+    if not signatures:
+        raise MalformedError("timeout certificate: no signatures")
+    return TimeoutCert(wire.epoch, _round(wire.round), _qc_in(wire.high_qc), signatures)
+
+
+def _vote_in(wire: pb.Vote) -> Vote:
+    return Vote(
+        wire.epoch,
+        _round(wire.round),
+        _hash(wire.block_hash),
+        _round(wire.parent_round),
+        _hash(wire.parent_hash),
+        _voter(wire.voter),
+        _signature(wire.signature),
+    )
+
+
+def _timeout_in(wire: pb.Timeout) -> Timeout:
+    return Timeout(
+        wire.epoch,
+        _round(wire.round),
+        _qc_in(wire.high_qc),
+        _tc_in(wire.last_tc) if wire.HasField("last_tc") else None,
+        _voter(wire.voter),
+        _signature(wire.signature),
+    )
+
+
+def _block_in(wire: pb.Block) -> Block:
+    if len(wire.payload) > PAYLOAD_COUNT_MAX:
+        raise MalformedError(f"block: {len(wire.payload)} transactions, at most {PAYLOAD_COUNT_MAX}")
+    header = Header.decode(wire.header)
+    _round(header.round)
+    _number(header.height, "height")
+    return Block(
+        header,
+        _qc_in(wire.qc),
+        _tc_in(wire.tc) if wire.HasField("tc") else None,
+        tuple(wire.payload),
+        _signature(wire.signature),
+    )
+
+
+def _blocks_in(wire: pb.Blocks) -> Blocks:
+    if not 1 <= len(wire.blocks) <= BLOCKS_MAX:
+        raise MalformedError(f"blocks: {len(wire.blocks)}, at least 1 and at most {BLOCKS_MAX}")
+    return Blocks(wire.epoch, tuple(_block_in(block) for block in wire.blocks), _qc_in(wire.certificate))
+
+
+def _sync_in(wire: pb.Sync) -> Sync:
+    return Sync(
+        wire.epoch,
+        _qc_in(wire.high_qc),
+        _tc_in(wire.last_tc) if wire.HasField("last_tc") else None,
+        Height(_number(wire.committed_height, "height")),
+        wire.boot,
+        wire.wants_reply,
+    )
+
+
+def _few(entries: Sequence[W]) -> Iterable[W]:
+    if len(entries) > COMMITTEE_MAX:
+        raise MalformedError(f"certificate: {len(entries)} signatures, at most {COMMITTEE_MAX}")
+    return entries
+
+
+def _hash(data: bytes) -> BlockHash:
+    if len(data) != 32:
+        raise MalformedError(f"hash: {len(data)} bytes instead of 32")
+    return BlockHash(data)
+
+
+def _signature(data: bytes) -> bytes:
+    if len(data) != 64:
+        raise MalformedError(f"signature: {len(data)} bytes instead of 64")
+    return data
+
+
+def _voter(index: int) -> int:
+    if index >= COMMITTEE_MAX:
+        raise MalformedError(f"voter: {index}, a committee has at most {COMMITTEE_MAX}")
+    return index
+
+
+def _number(value: int, name: str) -> int:
+    # Room for the sums that are made of rounds and heights: every later one still fits its 64 bits.
+    if value >= _ROUND_MAX:
+        raise MalformedError(f"{name}: {value} is not below 2^63")
+    return value
+
+
+def _round(value: int) -> Round:
+    return Round(_number(value, "round"))

@@ -1,0 +1,341 @@
+"""The one task that owns a replica, and everything around it that waits.
+
+Rules:
+* The replica is touched by this task only, one event at a time, and its effects are performed in order: what must be durable
+  is durable before the first message of the same step leaves. While the safety file cannot be written the node is silent; it
+  tries again for ever, so a full disk heals by itself.
+* Every queue is bounded. A full inbox makes the transport's queues fill, whose overflow is stated there; a store that is slow
+  to take commits makes this task wait (back-pressure); block requests beyond a few at a time are dropped, they are repeated.
+* Commits are handed over oldest first and each at least once: after a restart the newest may come again, the store compares
+  heights. The journal forgets a block only after its commit was taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Generic, Protocol, TypeVar, assert_never
+
+from cybermesh.consensus.codec import decode_message, encode_message
+from cybermesh.consensus.events import (
+    Accuse,
+    Broadcast,
+    Commit,
+    Connected,
+    Effect,
+    Event,
+    Halt,
+    Now,
+    Persist,
+    Received,
+    Refuse,
+    SafetyRecord,
+    Send,
+    ServeBlocks,
+    Started,
+    StopVoting,
+    Tick,
+)
+from cybermesh.consensus.journal import JournalError
+from cybermesh.consensus.mempool import Admission, PendingTransaction
+from cybermesh.consensus.parts import Parts, Root
+from cybermesh.consensus.replica import Replica
+from cybermesh.consensus.sync import ANSWER_BLOCKS_MAX, splice
+from cybermesh.consensus.transport import Kind, Transport
+from cybermesh.consensus.types import (
+    Block,
+    Blocks,
+    Evidence,
+    Forward,
+    GetBlocks,
+    Height,
+    MalformedError,
+    Message,
+    Sync,
+    Timeout,
+    Vote,
+)
+
+S = TypeVar("S")
+
+_INBOX_MAX: Final = 256
+_HAND_OVER_MAX: Final = 16
+_SERVE_MAX: Final = 8
+_RETRY_FIRST_S: Final = 0.1
+_RETRY_MAX_S: Final = 5.0
+_KINDS: Final[dict[type[Message], Kind]] = {
+    Block: Kind.PROPOSAL,
+    Vote: Kind.VOTE,
+    Timeout: Kind.TIMEOUT,
+    Sync: Kind.SYNC,
+    GetBlocks: Kind.GET_BLOCKS,
+    Blocks: Kind.BLOCKS,
+    Forward: Kind.FORWARD,
+}
+
+
+class HaltedError(Exception):
+    """This node computes something else than a quorum did; it must not go on."""
+
+
+class SafetyFile(Protocol):
+    """What the driver needs of a ``Journal``."""
+
+    def load(self) -> SafetyRecord:
+        """Return the newest record."""
+        ...
+
+    def blocks(self, above: Height) -> list[Block]:
+        """Return the journaled blocks above a height."""
+        ...
+
+    def write(self, record: SafetyRecord, blocks: Sequence[Block]) -> None:
+        """Make both durable before returning, or raise JournalError."""
+        ...
+
+    def prune(self, height: Height) -> None:
+        """Forget blocks up to a height with the next write."""
+        ...
+
+
+class BlockSource(Protocol):
+    """The committed chain, as the store has it."""
+
+    async def blocks(self, from_height: int, count_max: int) -> Sequence[Block]:
+        """Return consecutive committed blocks from a height on, lowest first, as many as there are up to ``count_max``."""
+        ...
+
+
+async def run_in_thread(write: Callable[[], None]) -> None:
+    """Do blocking work in a worker thread."""
+    await asyncio.to_thread(write)
+
+
+@dataclass(frozen=True, slots=True)
+class Shell(Generic[S]):
+    """What surrounds a replica.
+
+    ``on_commit`` takes one commit at a time, returns when it is durable, and retries by itself; what it raises ends the driver.
+    ``on_evidence`` and ``wall_ms`` (milliseconds since 1970) return at once.
+    """
+
+    transport: Transport
+    journal: SafetyFile
+    source: BlockSource
+    on_commit: Callable[[Commit[S]], Awaitable[None]]
+    on_evidence: Callable[[Evidence], None]
+    wall_ms: Callable[[], int]
+    run_blocking: Callable[[Callable[[], None]], Awaitable[None]] = run_in_thread
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the driver has seen and done since it was made; ``refused`` counts by (validator, reason)."""
+
+    events: int = 0
+    wakes: int = 0
+    sent: Counter[str] = field(default_factory=Counter)
+    commits: int = 0
+    blocks: int = 0
+    refused: Counter[tuple[int, str]] = field(default_factory=Counter)
+    evidence: int = 0
+    unserved: int = 0
+    journal_failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where the node stands; ``problem`` says why it does not vote, None when it does."""
+
+    round: int
+    leader: int
+    height: int
+    high_round: int
+    mempool: int
+    problem: str | None
+
+
+class Driver(Generic[S]):
+    """Runs one validator. ``run`` may be called once."""
+
+    def __init__(self, parts: Parts[S], root: Root[S], shell: Shell[S]) -> None:
+        self._parts = parts
+        self._root = root
+        self._shell = shell
+        self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
+        self._commits: asyncio.Queue[Commit[S]] = asyncio.Queue(_HAND_OVER_MAX)
+        self._requests: asyncio.Queue[ServeBlocks] = asyncio.Queue(_SERVE_MAX)
+        self._room = asyncio.Event()
+        self._is_poked = False
+        self._replica: Replica[S] | None = None
+        self._problem: str | None = None
+        self.counters = Counters()
+
+    def submit(self, transaction: PendingTransaction) -> Admission:
+        """Offer an admitted transaction; ``FULL`` asks the caller to wait for ``room`` before it takes more."""
+        admission = self._parts.mempool.add(transaction)
+        if admission is Admission.ADDED and not self._is_poked and not self._inbox.full():
+            self._is_poked = True
+            self._inbox.put_nowait(Tick())
+        return admission
+
+    async def room(self) -> None:
+        """Return after the next commit, which may have made room in the mempool."""
+        self._room.clear()
+        await self._room.wait()
+
+    @property
+    def record(self) -> SafetyRecord:
+        """What the key has signed last; the store keeps its boot number and last voted round to recognise an old copy."""
+        return self._shell.journal.load()
+
+    @property
+    def status(self) -> Status:
+        """Where the node stands now."""
+        replica = self._replica
+        waiting = len(self._parts.mempool)
+        if replica is None:
+            return Status(0, 0, self._root.height, 0, waiting, "not started")
+        problem = self._problem
+        if problem is None and not replica.is_ready:
+            problem = "catching up"
+        return Status(replica.round, replica.leader, replica.root.height, replica.high_qc.round, waiting, problem)
+
+    async def run(self) -> None:
+        """Take part in consensus until cancelled.
+
+        Raises:
+            HaltedError: inside an exception group, when the node computes another state than a quorum did.
+        """
+        name = f"consensus-{self._parts.index}"
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._own_replica(), name=f"{name}-replica")
+            group.create_task(self._receive(), name=f"{name}-receive")
+            group.create_task(self._hand_over(), name=f"{name}-commits")
+            group.create_task(self._serve(), name=f"{name}-blocks")
+
+    async def _own_replica(self) -> None:
+        journal = self._shell.journal
+        blocks = journal.blocks(self._root.height)
+        replica = Replica(self._parts, self._root, journal.load(), self._now(), blocks)
+        self._replica = replica
+        if self._parts.signer is None:
+            self._problem = "observer"
+        event: Event = Started()
+        while True:
+            self.counters.events += 1
+            await self._perform(replica.step(event, self._now()))
+            event = await self._next_event(replica.wake_ms())
+
+    def _now(self) -> Now:
+        return Now(int(asyncio.get_running_loop().time() * 1000), self._shell.wall_ms())
+
+    async def _next_event(self, wake_ms: int | None) -> Event:
+        try:
+            event = self._inbox.get_nowait()
+        except asyncio.QueueEmpty:
+            # Half a millisecond more: the clock is read in whole ones and must not come out just below the wake-up time.
+            when = None if wake_ms is None else wake_ms / 1000 + 0.0005
+            try:
+                async with asyncio.timeout_at(when):
+                    event = await self._inbox.get()
+            except TimeoutError:
+                self.counters.wakes += 1
+                event = Tick()
+        if isinstance(event, Tick):
+            self._is_poked = False
+        return event
+
+    async def _receive(self) -> None:
+        transport = self._shell.transport
+        while True:
+            frame = await transport.receive()
+            if frame.is_connection:
+                await self._inbox.put(Connected(frame.peer))
+                continue
+            try:
+                message = decode_message(frame.data)
+            except MalformedError:
+                self.counters.refused[frame.peer, "malformed"] += 1
+                continue
+            await self._inbox.put(Received(frame.peer, message))
+
+    # Effects
+
+    async def _perform(self, effects: Sequence[Effect[S]]) -> None:
+        # One write per step, ahead of all: the newest record covers what the earlier ones of the step promise.
+        writes = [effect for effect in effects if isinstance(effect, Persist)]
+        if writes:
+            await self._write(writes[-1].record, [write.block for write in writes if write.block is not None])
+        for effect in effects:
+            match effect:
+                case Persist():
+                    pass
+                case Broadcast(message):
+                    self._send([peer for peer in range(self._parts.committee.n) if peer != self._parts.index], message)
+                case Send(to, message):
+                    self._send([to], message)
+                case Commit():
+                    self.counters.commits += 1
+                    self.counters.blocks += len(effect.blocks)
+                    await self._commits.put(effect)
+                case _:
+                    self._note(effect)
+
+    def _note(self, effect: ServeBlocks | Refuse | Accuse | StopVoting | Halt) -> None:
+        match effect:
+            case ServeBlocks():
+                if self._requests.full():
+                    self.counters.unserved += 1
+                else:
+                    self._requests.put_nowait(effect)
+            case Refuse(sender, reason):
+                self.counters.refused[sender, reason] += 1
+            case Accuse(evidence):
+                self.counters.evidence += 1
+                self._shell.on_evidence(evidence)
+            case StopVoting(reason):
+                self._problem = reason
+            case Halt(reason):
+                raise HaltedError(reason)
+            case _:
+                assert_never(effect)
+
+    def _send(self, peers: Sequence[int], message: Message) -> None:
+        kind = _KINDS[type(message)]
+        data = encode_message(message)
+        self.counters.sent[kind.value] += 1
+        for peer in peers:
+            self._shell.transport.send(peer, kind, data)
+
+    async def _write(self, record: SafetyRecord, blocks: Sequence[Block]) -> None:
+        pause_s = _RETRY_FIRST_S
+        while True:
+            try:
+                await self._shell.run_blocking(lambda: self._shell.journal.write(record, blocks))
+            except JournalError as error:
+                self.counters.journal_failures += 1
+                before, self._problem = self._problem, str(error)
+                await asyncio.sleep(pause_s)
+                self._problem = before
+                pause_s = min(2 * pause_s, _RETRY_MAX_S)
+            else:
+                return
+
+    async def _hand_over(self) -> None:
+        while True:
+            commit = await self._commits.get()
+            await self._shell.on_commit(commit)
+            self._shell.journal.prune(commit.blocks[-1].block.height)
+            self._room.set()
+
+    async def _serve(self) -> None:
+        while True:
+            request = await self._requests.get()
+            count = min(request.stored_to - request.from_height + 1, ANSWER_BLOCKS_MAX + 1)
+            stored = await self._shell.source.blocks(request.from_height, count) if count > 0 else ()
+            answer = splice(self._parts.committee.epoch, request, stored)
+            if answer is not None:
+                self._send([request.to], answer)

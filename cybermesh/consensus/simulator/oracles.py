@@ -1,0 +1,114 @@
+"""What must hold whatever the network does, checked where it first shows: on each honest node's outgoing messages.
+
+End-to-end agreement alone misses most protocol bugs for tens of thousands of scenarios; a double vote is seen at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from cybermesh.consensus.events import Commit, SafetyRecord
+from cybermesh.consensus.types import Block, BlockHash, Message, QuorumCert, Round, Timeout, Vote
+from cybermesh.messages import tx_digest
+
+S = TypeVar("S")
+
+
+class ViolationError(Exception):
+    """A promise of the protocol was broken; the text says which and by whom."""
+
+
+@dataclass(slots=True)
+class NodeOracle:
+    """Watches one node, across its crashes."""
+
+    name: str
+    committed: list[BlockHash] = field(default_factory=list)
+    _votes: dict[Round, BlockHash] = field(default_factory=dict)
+    _proposals: dict[Round, BlockHash] = field(default_factory=dict)
+    _timeouts: dict[Round, Round] = field(default_factory=dict)
+    _locked: int = 0
+    _last_timeout: int = 0
+    _transactions: set[bytes] = field(default_factory=set)
+
+    def sent(self, message: Message, durable: SafetyRecord, has_block: bool) -> None:
+        """Check a message that leaves the node; ``has_block`` tells whether its journal holds the block it concerns."""
+        match message:
+            case Vote():
+                self._voted(message, durable, has_block)
+            case Timeout():
+                self._timed_out(message, durable)
+            case Block():
+                self._proposed(message, durable, has_block)
+            case _:
+                pass
+
+    def _voted(self, vote: Vote, durable: SafetyRecord, has_block: bool) -> None:
+        first = self._votes.setdefault(vote.round, vote.block_hash)
+        self._require(first == vote.block_hash, f"two votes in round {vote.round}")
+        is_repetition = durable.last_vote == vote
+        self._require(is_repetition or vote.round > self._last_timeout, f"vote in round {vote.round} after its timeout")
+        self._require(durable.last_voted_round >= vote.round and has_block, f"vote of round {vote.round} before its write")
+        self._require(durable.locked_round >= vote.parent_round, f"vote of round {vote.round} without its lock")
+        self._locked = max(self._locked, vote.parent_round)
+
+    def _timed_out(self, timeout: Timeout, durable: SafetyRecord) -> None:
+        first = self._timeouts.setdefault(timeout.round, timeout.high_qc.round)
+        self._require(first == timeout.high_qc.round, f"two timeouts in round {timeout.round}")
+        self._require(durable.last_timeout == timeout, f"timeout of round {timeout.round} before its write")
+        if timeout.round > self._last_timeout:
+            self._require(timeout.high_qc.round >= self._locked, f"timeout of round {timeout.round} reports less than the lock")
+            self._last_timeout = timeout.round
+
+    def _proposed(self, block: Block, durable: SafetyRecord, has_block: bool) -> None:
+        first = self._proposals.setdefault(block.round, block.hash)
+        self._require(first == block.hash, f"two proposals in round {block.round}")
+        is_durable = durable.last_proposed_round >= block.round and has_block
+        self._require(is_durable, f"proposal of round {block.round} before its write")
+
+    def commit(self, commit: Commit[S], is_first_life: bool) -> None:
+        """Check a commit: heights without gaps, each block and each transaction once, by a certificate that proves it."""
+        certificate = commit.certificate
+        last = commit.blocks[-1].block
+        proves = certificate.proves_parent and (certificate.parent_hash, certificate.parent_round) == (last.hash, last.round)
+        self._require(proves, f"commit at height {last.height} without a consecutive certificate")
+        for each in commit.blocks:
+            block = each.block
+            if not is_first_life and block.height <= len(self.committed):
+                self._require(self.committed[block.height - 1] == block.hash, f"another block at height {block.height}")
+                continue
+            self._require(block.height == len(self.committed) + 1, f"height {block.height} after {len(self.committed)}")
+            parent = self.committed[-1] if self.committed else block.header.parent_hash
+            self._require(block.header.parent_hash == parent, f"block {block.height} does not extend the one before")
+            digests = {tx_digest(transaction) for transaction in block.payload}
+            self._require(not digests & self._transactions, f"a transaction twice, at height {block.height}")
+            self._transactions |= digests
+            self.committed.append(block.hash)
+
+    def _require(self, holds: bool, text: str) -> None:
+        if not holds:
+            raise ViolationError(f"{self.name}: {text}")
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Watches all honest nodes together."""
+
+    chain: dict[int, tuple[BlockHash, bytes, str]] = field(default_factory=dict)
+    _certified: dict[Round, BlockHash] = field(default_factory=dict)
+
+    def certified(self, qc: QuorumCert) -> None:
+        """Check that a round has one certificate."""
+        first = self._certified.setdefault(qc.round, qc.block_hash)
+        if first != qc.block_hash:
+            raise ViolationError(f"round {qc.round} has two certificates")
+
+    def committed(self, name: str, commit: Commit[S]) -> None:
+        """Check that honest nodes commit the same block and the same state at a height."""
+        for each in commit.blocks:
+            block = each.block
+            here = (block.hash, each.execution.state_root)
+            *there, other = self.chain.setdefault(block.height, (*here, name))
+            if tuple(there) != here:
+                raise ViolationError(f"{name} and {other} committed different blocks at height {block.height}")

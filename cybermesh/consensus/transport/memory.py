@@ -1,0 +1,96 @@
+"""Validators of one process talk through queues: the transport of the demo and of tests.
+
+Opening an endpoint connects it to every open one and both sides learn of it; closing it loses what was under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+from cybermesh.consensus.transport import Frame, Kind
+from cybermesh.consensus.transport.queues import PeerQueue
+
+
+class MemoryNetwork:
+    """The endpoints of ``n`` validators."""
+
+    def __init__(self, n: int) -> None:
+        self._open: dict[int, MemoryTransport] = {}
+        self._n = n
+
+    def endpoint(self, index: int) -> MemoryTransport:
+        """Return a new, closed endpoint for a validator; use it with ``with``."""
+        assert 0 <= index < self._n
+        return MemoryTransport(self, index)
+
+    def attach(self, endpoint: MemoryTransport) -> None:
+        """Connect an endpoint with every open one."""
+        assert endpoint.index not in self._open
+        for peer in self._open.values():
+            peer.connected(endpoint.index)
+            endpoint.connected(peer.index)
+        self._open[endpoint.index] = endpoint
+
+    def detach(self, endpoint: MemoryTransport) -> None:
+        """Cut an endpoint off."""
+        del self._open[endpoint.index]
+
+    def peer(self, index: int) -> MemoryTransport | None:
+        """Return the open endpoint of a validator."""
+        return self._open.get(index)
+
+
+class MemoryTransport:
+    """One validator's end of a ``MemoryNetwork``; a ``Transport``."""
+
+    def __init__(self, network: MemoryNetwork, index: int) -> None:
+        self.index = index
+        self._network = network
+        self._queues: dict[int, PeerQueue] = {}
+        self._turns: list[int] = []
+        self._has_frames = asyncio.Event()
+
+    def __enter__(self) -> MemoryTransport:
+        self._network.attach(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._network.detach(self)
+
+    @property
+    def lost(self) -> int:
+        """How many frames overflowed on their way here."""
+        return sum(queue.superseded + queue.dropped for queue in self._queues.values())
+
+    def connected(self, peer: int) -> None:
+        """Begin a connection: nothing of an earlier one arrives any more."""
+        queue = self._queues.setdefault(peer, PeerQueue())
+        queue.clear()
+        self.deliver(peer, Kind.SYNC, b"")
+
+    def deliver(self, peer: int, kind: Kind, data: bytes) -> None:
+        """Take a frame of ``peer``."""
+        queue = self._queues[peer]
+        if queue.put(kind, data):
+            if peer not in self._turns:
+                self._turns.append(peer)
+            self._has_frames.set()
+
+    def send(self, peer: int, kind: Kind, data: bytes) -> None:
+        """Hand a frame to the peer's endpoint if it is open."""
+        other = self._network.peer(peer)
+        if other is not None and self._network.peer(self.index) is self:
+            other.deliver(self.index, kind, data)
+
+    async def receive(self) -> Frame:
+        """Return the next frame, one of each peer in turn."""
+        while not self._turns:
+            self._has_frames.clear()
+            await self._has_frames.wait()
+        peer = self._turns.pop(0)
+        queue = self._queues[peer]
+        data = queue.take()
+        if queue:
+            self._turns.append(peer)
+        return Frame(peer, data)
