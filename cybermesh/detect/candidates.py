@@ -1,7 +1,8 @@
 """From an alert to a proposed policy: whom to hit, how, and for how long. Proposals only; the quorum decides.
 
 Rules:
-1. Only severity >= 8 with confidence >= .9, and never an address that is no unicast host's or that the site excludes.
+1. Only severity >= 8 with confidence >= .9, and never an address that is no unicast host's or that the site excludes. A
+   classifier knows one network and may be wrong about another, so without another engine's vote it proposes nothing.
 2. An accused that completed handshakes, or that needs answers, is blocked by its address. Where sources may be forged, the
    victim's port is rate limited instead: nobody is blocked for a packet that somebody else sent.
 3. Always hosts, so never wider than /24 or /64; the policy carries that limit for whoever reads it.
@@ -37,6 +38,7 @@ class CandidateRules:
     cooldown_s: int = 120
     rate_per_s: int = 10
     floor_per_s: int = 50  # packets a rate-limited port is always left
+    witnesses: frozenset[str] = frozenset({"rules", "statistics"})  # engines of which at least one must have voted
 
 
 @dataclass(slots=True)
@@ -64,6 +66,8 @@ class Candidates:
         """Return a policy for the alert, or None where there is nothing to propose now."""
         verdict = alert.verdict
         if verdict.severity < self.rules.severity or verdict.confidence < self.rules.confidence:
+            return None
+        if not self.rules.witnesses & verdict.votes.keys():
             return None
         target = verdict.victim if verdict.spoofable else verdict.entity
         if target is None or not self._is_allowed(target):

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from cybermesh.detect.detector import Detection, Detector, Limits
@@ -65,6 +66,17 @@ class Pipeline:
         flows = self._meter.add(batch)
         self.flows += len(flows)
         return flows
+
+
+def latest(detections: Iterable[Detection]) -> list[Detection]:
+    """Return one detection per alert: its last state, with the last policy that any of its revisions proposed."""
+    last: dict[str, Detection] = {}
+    for detection in detections:
+        earlier = last.get(detection.alert_id)
+        if earlier is not None and detection.policy is None:
+            detection = replace(detection, policy=earlier.policy)
+        last[detection.alert_id] = detection
+    return list(last.values())
 
 
 def build(

@@ -1,0 +1,189 @@
+"""``cybermesh detect INPUT…``: report the attacks in captures, one object per alert."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cybermesh.cli import output
+
+if TYPE_CHECKING:
+    from cybermesh.detect.detector import Detection
+    from cybermesh.detect.engines import Engine
+    from cybermesh.detect.engines.rule_file import RuleSet
+    from cybermesh.detect.pipeline import Pipeline
+    from cybermesh.telemetry.packets import PacketBatch
+    from cybermesh.telemetry.sources import Source
+
+Inputs = Annotated[list[str], typer.Argument(metavar="INPUT…", help="Captures (pcap, pcapng, .gz, .zst), or - for stdin.")]
+RulesFolder = Annotated[Path | None, typer.Option("--rules", help="Folder with rule files instead of the shipped ones.")]
+FailOnAlert = Annotated[bool, typer.Option("--fail-on-alert", help="Exit with 1 if there is any alert.")]
+NoClassifier = Annotated[bool, typer.Option("--no-classifier", help="Use rules and statistics only.")]
+
+
+def detect(
+    inputs: Inputs,
+    form: output.FormatOption = output.Format.HUMAN,
+    json: output.JsonOption = False,
+    rules: RulesFolder = None,
+    no_classifier: NoClassifier = False,
+    fail_on_alert: FailOnAlert = False,
+) -> None:
+    """Report the attacks in captures, as suricata -r does.
+
+    Examples: [bold]cybermesh detect trace.pcap[/bold] · [bold]zcat trace.pcap.gz | cybermesh detect - -o ndjson[/bold]
+    """
+    from cybermesh.telemetry.sources import SourceError
+
+    form = output.Format.JSON if json else form
+    rule_set = load_rules(rules)
+    found: list[Detection] = []
+    failed = 0
+    for spec in inputs:
+        try:
+            found += _detect_one(spec, rule_set, no_classifier)
+        except SourceError as error:
+            output.complain(str(error))
+            failed += 1
+    if form is output.Format.HUMAN:
+        _print(found)
+    else:
+        output.emit((as_object(detection) for detection in found), form)
+    if failed or (fail_on_alert and found):
+        raise typer.Exit(1)
+
+
+def load_rules(folder: Path | None) -> RuleSet:
+    """Load the shipped rules, or those of a folder; a fault is a usage error."""
+    from cybermesh.detect.engines.rule_file import RuleError, load, shipped_paths
+    from cybermesh.telemetry.features import NAMES
+
+    paths = shipped_paths() if folder is None else sorted((*folder.glob("*.yaml"), *folder.glob("*.yml")))
+    if not paths:
+        raise output.CommandError(f"{folder}: no rule files (*.yaml) there; name a folder that has some", 2)
+    try:
+        return load(paths, NAMES)
+    except RuleError as error:
+        raise output.CommandError(f"{error}; mend the rule and try again", 2) from error
+
+
+def as_object(detection: Detection) -> dict[str, object]:
+    """Return the alert as users read it."""
+    return {
+        "type": detection.type,
+        "source": detection.entity,
+        "destination": detection.victim,
+        "port": detection.port,
+        "severity": detection.severity,
+        "confidence": round(detection.confidence, 4),
+        "first": _iso(detection.first_us),
+        "last": _iso(detection.last_us),
+        "count": detection.count,
+        "spoofable": detection.spoofable,
+        "engines": {engine: round(score, 4) for engine, score in detection.votes.items()},
+        "explanation": detection.explanation,
+        "policy": detection.policy,
+        "id": detection.alert_id,
+    }
+
+
+def _detect_one(spec: str, rules: RuleSet, no_classifier: bool) -> list[Detection]:
+    """Run one input through a pipeline of its own."""
+    from cybermesh.detect.pipeline import build, latest
+    from cybermesh.telemetry.features import NAMES
+    from cybermesh.telemetry.meter import FlowMeter
+    from cybermesh.telemetry.sources.choose import open_source
+
+    with contextlib.closing(open_source(spec)) as source:
+        more: list[Engine] = [] if no_classifier else _classifier()
+        pipeline = build(rules, meter=FlowMeter(), flow_names=NAMES, more_engines=more)
+        found = [detection for batch in _with_progress(source) for detection in pipeline.feed(batch)]
+        found += pipeline.finish()
+        _tell(source, pipeline)
+    return latest(found)
+
+
+def _classifier() -> list[Engine]:
+    from cybermesh.detect.engines.classifier import open_classifier
+    from cybermesh.detect.modelfile import ModelError
+
+    try:
+        return [open_classifier()]
+    except ModelError as error:
+        output.note(f"without the classifier: {error}")
+        return []
+
+
+def _with_progress(source: Source) -> Iterator[PacketBatch]:
+    """Yield the source's batches; on a terminal, show how far the input has been read."""
+    if not sys.stderr.isatty():
+        yield from source.batches()
+        return
+    from rich.progress import Progress
+
+    with Progress(console=output.console(stderr=True), transient=True) as progress:
+        task = progress.add_task(source.name, total=1.0)
+        for batch in source.batches():
+            yield batch
+            progress.update(task, completed=source.progress or 0.0)
+
+
+def _tell(source: Source, pipeline: Pipeline) -> None:
+    """Say on stderr what was read and what was left out."""
+    counters = source.counters
+    skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(counters.skipped.items()))
+    output.note(
+        f"{source.name}: {counters.packets} packets, {pipeline.flows} flows"
+        + (f"; skipped: {skipped}" if skipped else "")
+        + (f"; {counters.ended}" if counters.ended else "")
+    )
+    for name, engine in pipeline.detector.counters.items():
+        if engine.failures:
+            output.note(
+                f"{source.name}: engine {name} failed {engine.failures} times ({engine.last_failure}); the others went on"
+            )
+
+
+def _iso(time_us: int) -> str:
+    """Return microseconds since 1970 as ISO 8601 in UTC."""
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    try:
+        return (epoch + datetime.timedelta(microseconds=time_us)).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    except OverflowError:
+        return f"{time_us} us"
+
+
+def _print(found: list[Detection]) -> None:
+    """Print alerts for people, one paragraph each."""
+    console = output.console()
+    if not found:
+        console.print("No alerts.")
+    for detection in found:
+        color = "red" if detection.severity >= 8 else "yellow"
+        where = f" → {detection.victim}" if detection.victim else ""
+        where += f" port {detection.port}" if detection.port else ""
+        console.print(f"[bold {color}]{detection.type}[/] {detection.entity}{where}", soft_wrap=True)
+        lines = [
+            f"severity {detection.severity}, confidence {detection.confidence:.2f}, count {detection.count}, "
+            f"{_iso(detection.first_us)} to {_iso(detection.last_us)}",
+            detection.explanation,
+        ]
+        if detection.policy is not None:
+            lines.append(f"proposes: {_policy_line(detection)}")
+        for line in lines:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _policy_line(detection: Detection) -> str:
+    assert detection.policy is not None
+    limits = detection.policy["guardrails"]
+    seconds = limits["ttl_seconds"] if isinstance(limits, dict) else "?"
+    if detection.policy["action"] == "rate_limit":
+        return f"limit packets to {detection.victim} port {detection.port or 'any'} for {seconds} s"
+    return f"block {detection.entity} for {seconds} s"
