@@ -169,11 +169,9 @@ def _print(found: list[Detection]) -> None:
         where = f" → {detection.victim}" if detection.victim else ""
         where += f" port {detection.port}" if detection.port else ""
         console.print(f"[bold {color}]{detection.type}[/] {detection.entity}{where}", soft_wrap=True)
-        lines = [
-            f"severity {detection.severity}, confidence {detection.confidence:.2f}, count {detection.count}, "
-            f"{_iso(detection.first_us)} to {_iso(detection.last_us)}",
-            detection.explanation,
-        ]
+        when = f"{_iso(detection.first_us)} to {_iso(detection.last_us)}"
+        how = f"severity {detection.severity}, confidence {detection.confidence:.2f}, count {detection.count}"
+        lines = [f"{how}, {when}", detection.explanation]
         if detection.policy is not None:
             lines.append(f"proposes: {_policy_line(detection)}")
         for line in lines:
