@@ -26,6 +26,7 @@ import orjson
 from cybermesh.addresses import AddressError, Network, parse_network
 
 KEY_BYTES = 32
+VALIDATORS_MAX = 64
 MESSAGE_TYPES = ("anomaly", "evidence", "policy")
 _NAME_MAX = 256
 
@@ -340,8 +341,8 @@ def _check_value(item: object, where: str, within: tuple[int, int] | None) -> No
 
 
 def _check_relations(genesis: Genesis) -> None:
-    if not genesis.validators:
-        raise GenesisError("validators", "must name at least one validator")
+    if not 1 <= len(genesis.validators) <= VALIDATORS_MAX:
+        raise GenesisError("validators", f"must name 1 to {VALIDATORS_MAX} validators")
     _check_unique("validators", (entry.name for entry in genesis.validators))
     _check_unique("producers", (entry.name for entry in genesis.producers))
     _check_unique("operators", (entry.name for entry in genesis.operators))

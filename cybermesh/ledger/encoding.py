@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import orjson
 
-INTEGER_MAX = (1 << 63) - 1
+INTEGER_MAX = (1 << 64) - 1
 
 
 class EncodingError(ValueError):

@@ -56,11 +56,15 @@ class InvalidBlock:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A block's outcome. ``rules`` holds, by decision number, the ``rule_data`` of every decision effect of the block."""
+    """A block's outcome. ``rules`` holds, by decision number, the ``rule_data`` of every decision effect of the block.
+
+    ``log_before`` is the log that the receipts were appended to: with it each of them can be proved at once.
+    """
 
     state: State
     receipts: tuple[Receipt, ...]
     rules: Mapping[int, bytes]
+    log_before: Frontier
 
     @property
     def has_system_receipts(self) -> bool:
@@ -154,7 +158,7 @@ class State:
         ]
         receipts += run_timers(draft)
         state = _finished(draft, self.lattice, self.log, receipts)
-        return Applied(state, tuple(receipts), draft.published)
+        return Applied(state, tuple(receipts), draft.published, self.log)
 
 
 def size_fault(genesis: Genesis, transactions: Sequence[bytes]) -> str | None:
