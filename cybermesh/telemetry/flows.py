@@ -52,3 +52,17 @@ class FlowBatch:
         """Mark of flows with exactly one packet, bool[n]."""
         marked: npt.NDArray[np.bool_] = (self.features[:, 4] + self.features[:, 5]) == 1  # tot_fwd_pkts + tot_bwd_pkts
         return marked
+
+    @property
+    def flow_id(self) -> npt.NDArray[np.uint64]:
+        """Digest of the flow's endpoints, protocol and start: the same flow has the same number wherever it is metered."""
+        ends = [np.ascontiguousarray(address).view(">u8").astype(np.uint64) for address in (self.src, self.dst)]
+        small = (self.sport, self.dport, self.proto, self.icmp_type, self.icmp_code)
+        words = [*ends[0].T, *ends[1].T, *(column.astype(np.uint64) for column in small), self.start_us.view(np.uint64)]
+        digest = np.zeros(len(self), np.uint64)
+        for word in words:  # the finaliser of splitmix64 (Steele, Lea, Flood 2014) after each word
+            digest = digest + word + np.uint64(0x9E3779B97F4A7C15)
+            digest = (digest ^ digest >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+            digest = (digest ^ digest >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+            digest ^= digest >> np.uint64(31)
+        return digest

@@ -1,0 +1,159 @@
+"""``cybermesh flows`` as a user meets it."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cybermesh.cli import main
+from cybermesh.cli.flow_rows import IDENTIFIERS
+from cybermesh.telemetry.features import NAMES
+from tests.telemetry import frames
+from tests.telemetry.sources import captures
+
+REQUEST = frames.ethernet(frames.ipv4(6, frames.tcp(1000, 80, 2, b"")))
+ANSWER = frames.ethernet(frames.ipv4(6, frames.tcp(80, 1000, 18, b"abc"), src=frames.V4_B, dst=frames.V4_A))
+ARP = frames.ethernet(b"\0\1\x08\0", ethertype=0x0806)
+TALK = captures.pcap([(1_000_000, REQUEST), (1_000_300, ANSWER), (1_000_400, ARP)])
+
+
+def run(capsysbinary: pytest.CaptureFixture[bytes], *arguments: str) -> tuple[int, str, str]:
+    """Run the command; return its exit code, stdout and stderr."""
+    with pytest.raises(SystemExit) as ended:
+        main(["flows", *arguments])
+    out, err = capsysbinary.readouterr()
+    return int(ended.value.code or 0), out.decode(), err.decode()
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+@pytest.fixture
+def talk(tmp_path: Path) -> Path:
+    path = tmp_path / "talk.pcap"
+    path.write_bytes(TALK)
+    return path
+
+
+def test_csv_has_identifiers_then_the_79_features(capsysbinary, talk: Path) -> None:
+    code, out, err = run(capsysbinary, str(talk))
+    assert code == 0
+    assert out.splitlines()[0] == ",".join([*IDENTIFIERS, *NAMES])
+    (row,) = rows(out)
+    told = ("src_ip", "dst_ip", "src_port", "dst_port", "start_us", "end_us", "flow_duration", "end_reason", "single_packet")
+    assert [row[name] for name in told] == [
+        "10.0.0.1",
+        "10.0.0.2",
+        "1000",
+        "80",
+        "1000000",
+        "1000300",
+        "300",
+        "capture_end",
+        "0",
+    ]
+    assert float(row["flow_byts_s"]) == 3 / 300e-6
+    assert "1 not IP" in err
+    assert "1 flows from 2 packets" in err
+
+
+def test_numbers_read_back_as_the_same_numbers_and_whole_ones_are_whole(capsysbinary, talk: Path) -> None:
+    (row,) = rows(run(capsysbinary, str(talk))[1])
+    assert row["pkt_len_std"] == repr(4.5**0.5)
+    assert row["down_up_ratio"] == "1"
+    assert not [name for name in NAMES if row[name].endswith(".0")]
+
+
+def test_ndjson_has_the_same_keys_and_values(capsysbinary, talk: Path) -> None:
+    (row,) = rows(run(capsysbinary, str(talk))[1])
+    (line,) = run(capsysbinary, str(talk), "--format", "ndjson")[1].splitlines()
+    flow = json.loads(line)
+    assert list(flow) == list(row)
+    assert all(float(row[name]) == flow[name] for name in NAMES)
+    assert flow["single_packet"] is False
+
+
+def test_cic_columns_are_those_of_the_corrected_data_sets(capsysbinary, talk: Path) -> None:
+    (row,) = rows(run(capsysbinary, str(talk), "--columns", "cic")[1])
+    assert row["Flow ID"] == "10.0.0.1-10.0.0.2-1000-80-6"
+    assert row["Timestamp"] == "1970-01-01 00:00:01.000000"
+    assert row["Total Length of Bwd Packet"] == "3"
+    assert len(row) == 7 + 76
+
+
+def test_several_inputs_are_one_stream_and_a_bad_one_does_not_lose_the_others(capsysbinary, tmp_path: Path) -> None:
+    first, bad, second = tmp_path / "1.pcap", tmp_path / "2.pcap", tmp_path / "3.pcap.gz"
+    first.write_bytes(captures.pcap([(0, REQUEST)]))
+    bad.write_text("no capture at all, just words")
+    second.write_bytes(gzip.compress(captures.pcap([(7, ANSWER)])))
+    code, out, err = run(capsysbinary, str(first), str(bad), str(second))
+    assert code == 1
+    (row,) = rows(out)
+    assert (row["tot_fwd_pkts"], row["tot_bwd_pkts"]) == ("1", "1")
+    assert [line for line in err.splitlines() if line.startswith("cybermesh:")] == [
+        f"cybermesh: {bad}: is neither pcap nor pcapng; give a capture, it may be .gz or .zst"
+    ]
+
+
+def test_truncated_capture_is_told_and_is_no_failure(capsysbinary, tmp_path: Path) -> None:
+    path = tmp_path / "cut.pcap"
+    path.write_bytes(TALK[:-3])
+    code, out, err = run(capsysbinary, str(path))
+    assert code == 0
+    assert len(rows(out)) == 1
+    assert "truncated: the record at byte" in err
+
+
+def test_out_writes_a_file_and_never_over_an_input(capsysbinary, talk: Path, tmp_path: Path) -> None:
+    target = tmp_path / "flows.csv"
+    assert run(capsysbinary, str(talk), "--out", str(target))[:2] == (0, "")
+    assert len(rows(target.read_text())) == 1
+    assert run(capsysbinary, str(talk), "--out", str(talk))[0] == 2
+    assert talk.read_bytes() == TALK
+    code, _, err = run(capsysbinary, str(talk), "--out", str(tmp_path / "no" / "file"))
+    assert (code, err.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [([], 2), (["/nonexistent"], 1), (["x", "--format", "parquet"], 2), (["x", "--block", "0"], 2)]
+)
+def test_wrong_use_and_missing_input_have_their_exit_codes(capsysbinary, arguments: list[str], code: int) -> None:
+    got, out, err = run(capsysbinary, *arguments)
+    assert (got, out) == (code, "")
+    assert "Traceback" not in err
+
+
+def test_block_size_changes_no_byte_of_the_output(capsysbinary, tmp_path: Path) -> None:
+    path = tmp_path / "many.pcap"
+    talk = [(n * 1000, [REQUEST, ANSWER, ARP][n % 3]) for n in range(500)]
+    path.write_bytes(captures.pcap(talk))
+    first = run(capsysbinary, str(path))[1]
+    assert run(capsysbinary, str(path), "--block", "7")[1] == first
+
+
+def test_short_captures_do_not_pay_for_heavy_imports() -> None:
+    program = (
+        "import sys, cybermesh.cli.flows, cybermesh.cli.flow_rows, cybermesh.telemetry.meter;"
+        "import cybermesh.telemetry.sources.choose;"
+        "print(*sorted({'numba', 'pandas', 'onnxruntime', 'sqlalchemy', 'scipy', 'zstandard', 'aiohttp'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.shared
+def test_every_shared_capture_gives_rows_or_says_why_not(capsysbinary, shared_data: Path) -> None:
+    for path in sorted((shared_data / "pcaps").glob("*.pcap*")):
+        code, out, err = run(capsysbinary, str(path))
+        assert code == 0, path.name
+        assert "Traceback" not in err
+        assert out.startswith("flow_id,"), path.name
+        assert rows(out) or "skipped" in err, path.name
