@@ -1,0 +1,1 @@
+"""Alembic's scripts; they ship inside the package, because the embedded database migrates itself."""
