@@ -389,7 +389,7 @@ class Draft:
             missing=self._missing.finish(), pending_on=self._pending_on.finish(), held=self._held.finish(),
             pending_rules=self._pending_rules.finish(), rules=self._rules.finish(), deferred=self._deferred,
             protected=self.protected_spans, allowed=self.allowed_spans, targets_detectors=self.targets_detectors,
-            targets_operators=self.targets_operators, due=self.due, forget=self.forget,
+            targets_operators=self.targets_operators, release_ms=release_ms, due=self.due, forget=self.forget,
         )  # fmt: skip
         return Parts(tables, index, removed, added)
 

@@ -155,10 +155,14 @@ class World:
         self.rules.update(applied.rules)
         return applied.receipts
 
-    def wait(self, seconds: float, *transactions: bytes) -> tuple[Receipt, ...]:
-        """Let block time pass and apply one block then."""
+    def after(self, seconds: float) -> World:
+        """Let block time pass; messages made afterwards carry the new time."""
         self.now_ms += round(1_000 * seconds)
-        return self.apply(*transactions)
+        return self
+
+    def wait(self, seconds: float) -> tuple[Receipt, ...]:
+        """Let block time pass and apply an empty block then."""
+        return self.after(seconds).apply()
 
 
 def codes(receipts: tuple[Receipt, ...]) -> list[Code]:
