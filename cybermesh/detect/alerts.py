@@ -31,7 +31,7 @@ class _Tally:
 
     def add(self, first_us: int, last_us: int, count: int) -> int:
         """Take one window's count; return the total so far."""
-        if first_us > self.last_us:
+        if first_us >= self.last_us:
             self.base += self.count
             self.first_us, self.last_us, self.count = first_us, last_us, count
         elif first_us <= self.first_us:

@@ -60,6 +60,7 @@ _STATE = np.dtype(
         ("established", np.bool_),
         ("refused", np.bool_),
         ("ended", np.bool_),
+        ("heard", np.bool_),  # the responder sent something
         ("stray", np.bool_),  # began with a bare ACK or FIN+ACK: an RST makes it a probe
         ("service", np.uint8),
         ("packets", np.int64),
@@ -253,6 +254,7 @@ def _volumes(state: npt.NDArray[np.void], g: _Grouped, out: Bools, counts: npt.N
     ):
         counts[:, _AT[name]] = g.total(values)
     state["packets"] += counts[:, _AT["packets_out"]] + counts[:, _AT["packets_in"]]
+    state["heard"] |= counts[:, _AT["packets_in"]] > 0
     state["payload_out"] += counts[:, _AT["payload_out"]]
     state["payload_in"] += counts[:, _AT["payload_in"]]
 
@@ -275,10 +277,12 @@ def _tcp(state: npt.NDArray[np.void], g: _Grouped, out: Bools, counts: npt.NDArr
     answered = tcp & (opened | state["opened"]) & ~state["answered"] & (synack_at < _NEVER)
     state["opened"] |= opened
     done_at = g.last(is_tcp & out & (bits & (SYN | RST | ACK) == ACK))
-    before = state["answered"] & ~answered
-    established = (
-        tcp & state["opened"] & ~state["established"] & ((before & (done_at >= 0)) | (answered & (done_at > synack_at)))
-    )
+    # Where only the initiator's direction was captured, acknowledged data shows that there was an answer.
+    unheard = state["opened"] & ~state["answered"] & ~answered & ~state["heard"] & (state["payload_out"] > 0)
+    before = (state["answered"] & ~answered) | unheard
+    completed = (before & (done_at >= 0)) | (answered & (done_at > synack_at))
+    established = tcp & state["opened"] & ~state["established"] & completed
+    answered |= established & unheard
     state["answered"] |= answered
     state["established"] |= established
     blind = tcp & new & ~state["opened"] & (p.flags[head] & (SYN | RST | ACK) == 0) & out[head]

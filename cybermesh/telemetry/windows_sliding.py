@@ -29,7 +29,7 @@ CHUNK = 8192
 CAPACITY = 32_768  # entities per scope
 ITEMS_MAX = 131_072  # per scope
 LOG_MAX = 1_000_000  # remembered numbers per scope, about 30 bytes each
-_PACKETS_OUT = COUNTS.index("packets_out")
+_PACKETS_OUT, _SYN = COUNTS.index("packets_out"), COUNTS.index("syn")
 
 
 class SlidingWindows:
@@ -176,7 +176,7 @@ def _additions(scope: Scope, rows: Rows, chosen: npt.NDArray[np.intp]) -> Additi
     return Additions(
         keys=_keys(scope, rows, chosen),
         items=tuple(values[kind] for kind in KINDS[scope]),
-        attempts=rows.attempt[chosen],
+        attempts=np.maximum(rows.attempt[chosen], counts[:, _SYN] > 0),  # who sends its SYN again tries again
         packets=counts[:, _PACKETS_OUT],
         counts=counts,
         service=rows.service[chosen],

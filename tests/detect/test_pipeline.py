@@ -1,0 +1,166 @@
+"""Attacks and busy benign hosts in general, from packets to detections: nothing here was in any capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+
+from cybermesh import policy
+from cybermesh.detect.engines.rule_file import load, shipped_paths
+from cybermesh.detect.pipeline import build, latest
+from cybermesh.telemetry.packets import FIN, PSH, URG
+from tests.detect import traffic
+from tests.detect.traffic import ATTACKER, VICTIM
+from tests.telemetry.packet_batches import Packet, batch, blocks
+
+RULES = load(shipped_paths())
+T = 1_700_000_000.0
+FORGED = [f"{a}.{b}.9.1" for a in range(20, 60) for b in range(100)]
+
+ATTACKS = {
+    "syn scan of 1000 ports": (lambda: traffic.syn_scan(T, range(1, 1001)), "port_scan", "drop"),
+    "fast scan of 100 ports": (lambda: traffic.syn_scan(T, range(1, 101), 0.002), "port_scan", "drop"),
+    "polite scan, a probe every 0.4 s": (lambda: traffic.syn_scan(T, range(1, 101), 0.4), "port_scan", "drop"),
+    "sneaky scan, a probe every 15 s": (lambda: traffic.syn_scan(T, range(1, 41), 15), "port_scan", None),
+    "connect scan where every port is open": (lambda: traffic.connect_scan_of_open_host(T, range(1, 101)), "port_scan", "drop"),
+    "FIN scan": (lambda: traffic.flag_scan(T, FIN, range(1, 101)), "port_scan", "drop"),
+    "NULL scan": (lambda: traffic.flag_scan(T, 0, range(1, 101)), "port_scan", "drop"),
+    "Xmas scan": (lambda: traffic.flag_scan(T, FIN | PSH | URG, range(1, 101)), "port_scan", "drop"),
+    "ACK scan": (lambda: traffic.ack_scan(T, range(1, 101)), "port_scan", "drop"),
+    "UDP scan": (lambda: traffic.udp_scan(T, range(1, 101)), "port_scan", "drop"),
+    "one port of a /24": (lambda: traffic.sweep(T, 445, range(1, 255)), "port_scan", "drop"),
+    "ping sweep of a /24": (lambda: traffic.ping_sweep(T, range(1, 255), 12), "port_scan", None),
+    "SYN flood": (lambda: traffic.syn_flood(T, 20_000, 5_000), "dos", "rate_limit"),
+    "SYN flood with 4,000 forged sources": (lambda: traffic.syn_flood(T, 20_000, 5_000, FORGED), "ddos", "rate_limit"),
+    "UDP flood, changing ports": (lambda: traffic.udp_flood(T, 20_000, 5_000), "dos", "rate_limit"),
+    "UDP flood, one port": (lambda: traffic.udp_flood(T, 100_000, 20_000, fixed=True), "dos", "rate_limit"),
+    "ping flood": (lambda: traffic.ping_flood(T, 10_000, 1_000), "dos", "rate_limit"),
+    "ssh guesses": (lambda: traffic.guesses(T, 40, 22, 1.0), "brute_force", "drop"),
+    "ssh guesses on another port": (
+        lambda: traffic.guesses(T, 40, 902, 1.0, greeting=b"SSH-2.0-x\r\n"),
+        "brute_force",
+        "drop",
+    ),
+    "ftp guesses, refusals readable": (
+        lambda: traffic.guesses(T, 40, 21, 1.0, greeting=b"530 Login incorrect.\r\n", sent=30, got=60),
+        "brute_force",
+        "drop",
+    ),
+    "ftp guesses, payload not captured": (lambda: traffic.guesses(T, 40, 21, 1.0, sent=40, got=150), "brute_force", None),
+    "telnet guesses": (lambda: traffic.guesses(T, 40, 23, 1.0, sent=60, got=200), "brute_force", "drop"),
+    "remote desktop guesses": (lambda: traffic.guesses(T, 40, 3389, 1.0, sent=3000, got=4000), "brute_force", "drop"),
+    "vnc guesses": (
+        lambda: traffic.guesses(T, 40, 5901, 1.0, greeting=b"RFB 003.008\n", sent=40, got=60),
+        "brute_force",
+        "drop",
+    ),
+    "smtp guesses": (
+        lambda: traffic.guesses(T, 40, 587, 1.0, greeting=b"535 5.7.8 Error\r\n", sent=80, got=90),
+        "brute_force",
+        "drop",
+    ),
+}
+
+BENIGN: dict[str, Callable[[], Iterable[Packet]]] = {
+    "a web server with a thousand clients": lambda: traffic.web_server(T, 1000),
+    "a resolver": lambda: traffic.resolver(T, 5000),
+    "a monitor of fifty hosts": lambda: traffic.monitor(T, 3),
+    "a browser that opens a hundred connections": lambda: traffic.browser(T),
+    "health checks": lambda: traffic.health_checks(T, 120),
+    "a gateway with two hundred users": lambda: traffic.nat_gateway(T),
+    "a client of a stopped service": lambda: traffic.dead_service(T),
+    "a capture that begins in the middle": lambda: traffic.server_in_the_middle(T),
+    "a deployment tool over ssh": lambda: traffic.deployment(T),
+    "a backup over ssh": lambda: traffic.backup(T),
+    "traceroute": lambda: traffic.traceroute(T),
+    "a one-way video stream": lambda: traffic.video_stream(T),
+}
+
+
+def run(packets: Iterable[Packet], size: int = 16_384) -> list[object]:
+    pipeline = build(RULES)
+    whole = batch(traffic.ordered(packets))
+    found = [detection for block in blocks(whole, size) for detection in pipeline.feed(block)]
+    found += pipeline.finish()
+    assert {counters.failures for counters in pipeline.detector.counters.values()} == {0}
+    return latest(found)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_is_found_with_its_type_source_and_remedy(name: str) -> None:
+    packets, kind, action = ATTACKS[name]
+    found = run(packets())
+    assert [detection.type for detection in found] == [kind]
+    detection = found[0]
+    if kind == "ddos":
+        assert detection.entity in FORGED
+        assert detection.victim == VICTIM
+    else:
+        assert detection.entity == ATTACKER
+    if action is None:
+        assert detection.policy is None
+        return
+    assert detection.policy is not None
+    spec = policy.parse(detection.policy)
+    assert spec.action == action
+    target = VICTIM if action == "rate_limit" else ATTACKER
+    assert [str(network) for network in spec.networks()] == [f"{target}/32"]
+    assert spec.guardrails.ttl_seconds == 900
+    if action == "rate_limit" and "ping" not in name:
+        assert [port.first for port in spec.target.ports] == [53 if "UDP" in name else 80]
+
+
+@pytest.mark.parametrize("name", BENIGN)
+def test_a_busy_benign_host_is_left_alone(name: str) -> None:
+    assert run(BENIGN[name]()) == []
+
+
+def test_attacks_are_found_among_benign_traffic_and_nobody_else_is_accused() -> None:
+    def mixed() -> Iterator[Packet]:
+        yield from traffic.web_server(T, 300)
+        yield from traffic.browser(T)
+        yield from traffic.resolver(T, 1000)
+        yield from traffic.syn_scan(T + 1, range(1, 201))
+        yield from traffic.guesses(T + 5, 40, 22, 0.5)
+
+    found = run(mixed())
+    assert {(detection.type, detection.entity) for detection in found} == {("port_scan", ATTACKER), ("brute_force", ATTACKER)}
+
+
+@pytest.mark.parametrize("size", [1, 97, 5000])
+def test_detections_do_not_depend_on_the_block_size(size: int) -> None:
+    packets = traffic.ordered(
+        [*traffic.syn_scan(T, range(1, 300)), *traffic.guesses(T + 2, 20, 22, 0.3), *traffic.web_server(T, 30)]
+    )
+    assert run(packets, size) == run(packets)
+
+
+def test_a_long_flood_is_one_alert_with_a_growing_count() -> None:
+    pipeline = build(RULES)
+    reports = []
+    for second in range(20):
+        reports += pipeline.feed(batch(traffic.syn_flood(T + second, 10_000, 10_000, FORGED[:500])))
+    reports += pipeline.finish()
+    assert len({detection.alert_id for detection in reports}) == 1
+    assert len(reports) <= 5
+    assert 190_000 <= reports[-1].count <= 210_000
+    assert [detection.revision for detection in reports] == list(range(len(reports)))
+    assert sum(detection.policy is not None for detection in reports) == 1
+
+
+def test_prompt_evaluation_reports_before_the_hop_ends() -> None:
+    pipeline = build(RULES)
+    first = pipeline.feed(batch(traffic.ordered(traffic.syn_scan(T, range(1, 60), 0.002))), prompt=True)
+    assert [detection.type for detection in first] == ["port_scan"]
+    assert first[0].decisive_us <= round((T + 0.2) * 1e6)
+    again = pipeline.feed(batch(traffic.ordered(traffic.syn_scan(T + 0.2, range(60, 90), 0.002))), prompt=True)
+    assert all(detection.revision > 0 for detection in again)
+
+
+def test_a_capture_without_any_duration_is_judged() -> None:
+    flood = [Packet(T, "0.0.0.0", "255.255.255.255", 68, 67, 17, payload=b"d" * 240) for _ in range(10_000)]
+    found = run(flood)
+    assert [(detection.type, detection.entity, detection.count, detection.policy) for detection in found] == [
+        ("dos", "0.0.0.0", 10_000, None)
+    ]

@@ -1,0 +1,242 @@
+"""Traffic in general, as packets: what attacks and busy benign hosts look like, for tests of windows and detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from cybermesh.telemetry.packets import ACK, FIN, PSH, RST, SYN
+from tests.telemetry.packet_batches import Packet
+
+ATTACKER, VICTIM = "198.51.100.7", "10.0.0.5"
+
+
+def session(
+    at: float,
+    client: str,
+    server: str,
+    sport: int,
+    dport: int,
+    *,
+    sent: int = 300,
+    got: int = 3000,
+    lasts: float = 0.2,
+    greeting: bytes = b"",
+) -> Iterator[Packet]:
+    """A whole TCP connection; the server greets first if there is a greeting."""
+    step = lasts / 8
+
+    def out(n: int, flags: int, payload: bytes = b"") -> Packet:
+        return Packet(at + n * step, client, server, sport, dport, 6, flags, payload)
+
+    def back(n: int, flags: int, payload: bytes = b"") -> Packet:
+        return Packet(at + n * step, server, client, dport, sport, 6, flags, payload)
+
+    yield out(0, SYN)
+    yield back(1, SYN | ACK)
+    yield out(2, ACK)
+    if greeting:
+        yield back(3, PSH | ACK, greeting)
+    if sent:
+        yield out(4, PSH | ACK, b"x" * sent)
+    if got:
+        yield back(5, PSH | ACK, b"y" * got)
+    yield out(6, FIN | ACK)
+    yield back(7, FIN | ACK)
+    yield out(8, ACK)
+
+
+def refused(at: float, client: str, server: str, sport: int, dport: int) -> Iterator[Packet]:
+    yield Packet(at, client, server, sport, dport, 6, SYN)
+    yield Packet(at + 0.0005, server, client, dport, sport, 6, RST | ACK)
+
+
+def syn_scan(
+    at: float, ports: Iterable[int], gap: float = 0.01, source: str = ATTACKER, victim: str = VICTIM
+) -> Iterator[Packet]:
+    for number, port in enumerate(ports):
+        yield from refused(at + number * gap, source, victim, 40_000, port)
+
+
+def connect_scan_of_open_host(at: float, ports: Iterable[int], gap: float = 0.05) -> Iterator[Packet]:
+    for number, port in enumerate(ports):
+        yield from session(at + number * gap, ATTACKER, VICTIM, 41_000 + number, port, sent=0, got=0, lasts=0.02)
+
+
+def flag_scan(at: float, flags: int, ports: Iterable[int]) -> Iterator[Packet]:
+    for number, port in enumerate(ports):
+        yield Packet(at + number * 0.01, ATTACKER, VICTIM, 40_000, port, 6, flags)
+
+
+def ack_scan(at: float, ports: Iterable[int]) -> Iterator[Packet]:
+    for number, port in enumerate(ports):
+        yield Packet(at + number * 0.01, ATTACKER, VICTIM, 61_000, port, 6, ACK)
+        yield Packet(at + number * 0.01 + 0.001, VICTIM, ATTACKER, port, 61_000, 6, RST)
+
+
+def unreachable(at: float, probe: Packet) -> Packet:
+    """The ICMP port unreachable that answers a UDP probe."""
+    quoted = bytes([0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0])
+    quoted += bytes(map(int, probe.src.split("."))) + bytes(map(int, probe.dst.split(".")))
+    quoted += probe.sport.to_bytes(2, "big") + probe.dport.to_bytes(2, "big") + bytes(4)
+    return Packet(at, probe.dst, probe.src, proto=1, payload=quoted, icmp=(3, 3))
+
+
+def udp_scan(at: float, ports: Iterable[int], gap: float = 0.4) -> Iterator[Packet]:
+    for number, port in enumerate(ports):
+        probe = Packet(at + number * gap, ATTACKER, VICTIM, 50_000, port, 17)
+        yield probe
+        if number % 2:
+            yield unreachable(probe.at + 0.001, probe)
+
+
+def sweep(at: float, port: int, hosts: Iterable[int]) -> Iterator[Packet]:
+    for number, host in enumerate(hosts):
+        yield Packet(at + number * 0.02, ATTACKER, f"10.0.9.{host}", 42_000 + number, port, 6, SYN)
+
+
+def ping_sweep(at: float, hosts: Iterable[int], alive: int) -> Iterator[Packet]:
+    for number, host in enumerate(hosts):
+        yield Packet(at + number * 0.01, ATTACKER, f"10.0.9.{host}", proto=1, icmp=(8, 0))
+        if number < alive:
+            yield Packet(at + number * 0.01 + 0.001, f"10.0.9.{host}", ATTACKER, proto=1, icmp=(0, 0))
+
+
+def syn_flood(at: float, count: int, per_s: int, sources: Iterable[str] = (ATTACKER,)) -> Iterator[Packet]:
+    addresses = list(sources)
+    for number in range(count):
+        yield Packet(at + number / per_s, addresses[number % len(addresses)], VICTIM, 1024 + number % 60_000, 80, 6, SYN)
+
+
+def udp_flood(at: float, count: int, per_s: int, fixed: bool = False) -> Iterator[Packet]:
+    for number in range(count):
+        yield Packet(at + number / per_s, ATTACKER, VICTIM, 2000 if fixed else 1024 + number % 60_000, 53, 17, payload=b"f")
+
+
+def ping_flood(at: float, count: int, per_s: int) -> Iterator[Packet]:
+    for number in range(count):
+        yield Packet(at + number / per_s, ATTACKER, VICTIM, proto=1, icmp=(8, 0))
+
+
+def guesses(
+    at: float, count: int, port: int, gap: float, *, greeting: bytes = b"", sent: int = 1500, got: int = 2500
+) -> Iterator[Packet]:
+    for number in range(count):
+        yield from session(
+            at + number * gap, ATTACKER, VICTIM, 43_000 + number, port, sent=sent, got=got, lasts=gap * 2, greeting=greeting
+        )
+
+
+def web_server(at: float, clients: int) -> Iterator[Packet]:
+    """Thousands of clients with a few connections each."""
+    for number in range(clients):
+        client = f"100.64.{number // 250}.{number % 250 + 1}"
+        for extra in range(3):
+            yield from session(at + number * 0.01 + extra * 0.3, client, VICTIM, 30_000 + extra, 443)
+
+
+def resolver(at: float, queries: int) -> Iterator[Packet]:
+    """A resolver that serves clients and asks hundreds of authorities."""
+    for number in range(queries):
+        authority = f"{number % 200 + 11}.{number % 17}.3.4"
+        for client, server, sport in (
+            (f"10.1.0.{number % 200 + 1}", VICTIM, 20_000 + number),
+            (VICTIM, authority, 40_000 + number % 20_000),
+        ):
+            yield Packet(at + number * 0.002, client, server, sport, 53, 17, payload=b"q" * 40)
+            yield Packet(at + number * 0.002 + 0.001, server, client, 53, sport, 17, payload=b"a" * 120)
+
+
+def monitor(at: float, minutes: int) -> Iterator[Packet]:
+    """Fifty hosts, five ports and a ping each, every minute; some checks are bare connects; two hosts are down."""
+    for minute in range(minutes):
+        for host in range(50):
+            start, target = at + minute * 60 + host, f"10.2.0.{host + 1}"
+            yield Packet(start, "10.9.9.9", target, proto=1, icmp=(8, 0))
+            if host < 2:
+                continue
+            yield Packet(start + 0.01, target, "10.9.9.9", proto=1, icmp=(0, 0))
+            for number, port in enumerate((22, 80, 443, 3306, 9100)):
+                sent = 0 if port in (22, 3306) else 200
+                yield from session(
+                    start + 0.1 * number, "10.9.9.9", target, 20_000 + minute * 300 + host * 5 + number, port, sent=sent
+                )
+
+
+def browser(at: float) -> Iterator[Packet]:
+    for number in range(100):
+        yield from session(
+            at + number * 0.03, "10.3.0.8", f"93.184.{number % 30}.{number % 9 + 1}", 50_000 + number, 443, got=50_000
+        )
+
+
+def health_checks(at: float, seconds: int) -> Iterator[Packet]:
+    """A load balancer that opens and closes connections to a web, a mail and an ssh server every two seconds."""
+    for number in range(seconds // 2):
+        for port, greeting in ((80, b""), (25, b"220 mail ESMTP\r\n"), (22, b"SSH-2.0-OpenSSH_9.2\r\n")):
+            yield from session(
+                at + number * 2,
+                "10.4.0.1",
+                VICTIM,
+                10_000 + number * 3 + port,
+                port,
+                sent=0,
+                got=0,
+                greeting=greeting,
+                lasts=0.1,
+            )
+
+
+def nat_gateway(at: float) -> Iterator[Packet]:
+    """Two hundred users behind one address: web, dns, some mail polls."""
+    for number in range(1500):
+        server = f"151.101.{number % 50}.{number % 7 + 1}"
+        yield from session(at + number * 0.04, "192.0.2.1", server, 1024 + number, 993 if number % 20 == 0 else 443)
+
+
+def dead_service(at: float) -> Iterator[Packet]:
+    """A client that tries a stopped service again and again, five times a second."""
+    for number in range(300):
+        yield from refused(at + number * 0.2, "10.5.0.2", VICTIM, 30_000 + number, 5432)
+
+
+def server_in_the_middle(at: float) -> Iterator[Packet]:
+    """A capture that begins in the middle of a server's connections: it answers, ends and resets towards many client ports."""
+    for number in range(200):
+        port = 32_768 + number * 7
+        yield Packet(at + number * 0.01, VICTIM, "10.6.0.3", 443, port, 6, FIN | ACK)
+        yield Packet(at + number * 0.01 + 0.001, "10.6.0.3", VICTIM, port, 443, 6, RST)
+        yield Packet(at + number * 0.01 + 0.002, VICTIM, "10.6.0.3", 53, port, 17, payload=b"late answer")
+
+
+def deployment(at: float) -> Iterator[Packet]:
+    """A tool that runs a dozen ssh commands on one host, each with output."""
+    for number in range(12):
+        yield from session(
+            at + number * 4,
+            "10.7.0.1",
+            VICTIM,
+            44_000 + number,
+            22,
+            sent=4000,
+            got=9000,
+            lasts=3,
+            greeting=b"SSH-2.0-OpenSSH_9.2\r\n",
+        )
+
+
+def backup(at: float) -> Iterator[Packet]:
+    yield from session(at, "10.8.0.1", VICTIM, 45_000, 22, sent=60_000, got=60_000, lasts=50, greeting=b"SSH-2.0-x\r\n")
+
+
+def traceroute(at: float) -> Iterator[Packet]:
+    for number in range(90):
+        yield Packet(at + number * 0.1, "10.3.0.8", "203.0.113.9", 40_123, 33_434 + number, 17, payload=b"t" * 32)
+
+
+def video_stream(at: float) -> Iterator[Packet]:
+    for number in range(9000):
+        yield Packet(at + number * 0.001, "10.8.0.9", "10.3.0.8", 5004, 5006, 17, payload=b"v" * 600)
+
+
+def ordered(packets: Iterable[Packet]) -> list[Packet]:
+    return sorted(packets, key=lambda packet: packet.at)
