@@ -71,8 +71,11 @@ class NodeOracle:
         """Check a commit: heights without gaps, each block and each transaction once, by a certificate that proves it."""
         certificate = commit.certificate
         last = commit.blocks[-1].block
-        proves = certificate.proves_parent and (certificate.parent_hash, certificate.parent_round) == (last.hash, last.round)
-        self._require(proves, f"commit at height {last.height} without a consecutive certificate")
+        is_over_last = (certificate.parent_hash, certificate.parent_round) == (last.hash, last.round)
+        self._require(
+            is_over_last and certificate.round == last.round + 1,
+            f"commit at height {last.height} without a consecutive certificate",
+        )
         for each in commit.blocks:
             block = each.block
             if not is_first_life and block.height <= len(self.committed):

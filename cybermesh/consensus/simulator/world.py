@@ -6,6 +6,7 @@ process: the trace hash proves it. Messages travel as values; the codec has its 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import heapq
 import random
@@ -182,11 +183,7 @@ class World:
     def _starter(self, node: SimNode) -> Callable[[], None]:
         def start() -> None:
             disk, committee = node.disk, self.committee
-            disk.record = SafetyRecord(
-                disk.record.epoch, disk.record.boot + 1, disk.record.last_voted_round, disk.record.locked_round,
-                disk.record.last_proposed_round, disk.record.high_qc, disk.record.last_tc, disk.record.last_vote,
-                disk.record.last_timeout,
-            )  # fmt: skip
+            disk.record = dataclasses.replace(disk.record, boot=disk.record.boot + 1)
             parts = Parts(
                 committee, node.index, self._application, node.mempool, self._leaders, self._check,
                 self._signers[committee.public_keys[node.index]], self._rng.random, self.plan.timing,
@@ -249,7 +246,6 @@ class World:
     def _crash(self, node: SimNode) -> None:
         self._log(node, "crashes")
         node.replica = None
-        # The mempool is not durable in this model; its transactions come again with the next arrivals of other nodes.
         self._at(min(self.now_ms + self._rng.randrange(10, 1_500), self.plan.heal_ms), self._starter(node))
 
     def _schedule(self, node: SimNode, replica: Replica[LogState]) -> None:
