@@ -164,9 +164,14 @@ def count(spec: PolicySpec) -> int:
 def exception(address: Address, expires_at_ms: int) -> tuple[Rule, ...]:
     """Return the rules that lift every ban of ``address`` on this host, both ways, until ``expires_at_ms``."""
     return tuple(
-        Rule(f"exception:{address}", Element(_match(Effect.ALLOW, direction, host(address), 0, None), expires_at_ms))
+        Rule(exception_id(address), Element(_match(Effect.ALLOW, direction, host(address), 0, None), expires_at_ms))
         for direction in Direction
     )
+
+
+def exception_id(address: Address) -> str:
+    """Return the name under which an exception's rules are kept; no policy can have it, because it holds a space."""
+    return f"exception {address}"
 
 
 def rate_of(limit: RateLimit) -> Rate:

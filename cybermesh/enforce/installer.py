@@ -1,0 +1,152 @@
+"""The installer: makes the firewall hold what is desired, and knows what it holds.
+
+It exists to keep one question out of the enforcer: how memory and kernel stay the same. Plans are made against the mirror; the
+mirror changes only after the firewall has said yes; when an edit fails because somebody has changed our table, the table is
+rebuilt once; and everything that was asked for is read back from the kernel before anybody claims it.
+In the modes observe and off the same goes to a backend without a firewall, and the real one holds nothing of ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cybermesh.enforce.backends import TOLERANCE_MS, Audit, Backend, BackendError
+from cybermesh.enforce.backends.noop import NoopBackend
+from cybermesh.enforce.decisions import Mode
+from cybermesh.enforce.reconcile import Desired, Mirror, Plan, Touched, plan
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What an audit found: elements that others had changed, what needed a rebuild, and the firewall's counters."""
+
+    drift: int = 0
+    damage: tuple[str, ...] = ()
+    counters: Mapping[str, int] | None = None
+
+
+class Installer:
+    """The firewall side of an agent; one call at a time."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._real = backend
+        self._target: Backend = NoopBackend()
+        self._mirror = Mirror()
+        self._rebuild_due = True
+        self._removal_due = False
+
+    @property
+    def is_enforcing(self) -> bool:
+        """Whether the real firewall is used."""
+        return self._target is self._real
+
+    @property
+    def installed(self) -> int:
+        """How many elements the firewall holds, as far as we know."""
+        return len(self._mirror)
+
+    async def enter(self, mode: Mode) -> None:
+        """Use the real firewall in enforce mode only; leaving that mode removes everything of ours.
+
+        Raises:
+            BackendError: Our table could not be removed, and may still be there.
+        """
+        if mode is Mode.ENFORCE:
+            if not self.is_enforcing:
+                self._target, self._rebuild_due = self._real, True
+                self._mirror.replace(())
+            return
+        self._target, self._rebuild_due, self._removal_due = NoopBackend(), True, True
+        self._mirror.replace(())
+        await self.leave_nothing_behind()
+
+    async def leave_nothing_behind(self) -> None:
+        """Remove everything of ours from a firewall that is not used any more, if that has not been done yet.
+
+        Raises:
+            BackendError: Our table could not be removed, and may still be there.
+        """
+        if self._removal_due and not self.is_enforcing:
+            await self._real.remove_all()
+            self._removal_due = False
+
+    async def bring(self, desired: Desired, touched: Touched, now_ms: int) -> None:
+        """Install what ``touched`` concerns, and read it back.
+
+        Raises:
+            BackendError: The firewall did not take it; ``settle`` with the old rules in ``desired`` undoes what it did take.
+            LaneFullError: Nothing was changed.
+        """
+        if self._rebuild_due:
+            await self._rebuild(desired, now_ms)
+            return
+        step = plan(desired.view(now_ms, touched), self._mirror.view(touched), now_ms)
+        if not step.drift:
+            return
+        try:
+            await self._apply(step, now_ms)
+        except BackendError as fault:
+            if fault.code != "APPLY_FAILED":
+                raise
+            # Our table is not as we left it. A rebuild replaces it in one transaction, whatever is there now.
+            await self._rebuild(desired, now_ms)
+
+    async def settle(self, desired: Desired, touched: Touched, now_ms: int) -> None:
+        """Go back after a failure, as far as the firewall lets us; the next audit finds the rest."""
+        if self._rebuild_due:
+            return
+        try:
+            step = plan(desired.view(now_ms, touched), self._mirror.view(touched), now_ms)
+            if step.drift:
+                await self._target.apply(step, now_ms)
+                self._mirror.apply(step)
+        except BackendError:
+            self._rebuild_due = True
+
+    async def check(self, desired: Desired, now_ms: int) -> Finding:
+        """Compare the firewall with what is desired, and repair it.
+
+        Raises:
+            BackendError: It could not be read or repaired.
+        """
+        self._mirror.forget_ended(now_ms)
+        audit = await self._target.audit(now_ms)
+        step = plan(desired.view(now_ms), audit.elements, now_ms, TOLERANCE_MS)
+        # A new process has promised nothing yet, so what it finds missing at its start is no drift.
+        finding = Finding(0 if self._rebuild_due else step.drift, () if self._rebuild_due else audit.damage, audit.counters)
+        if self._rebuild_due or audit.damage:
+            await self._rebuild(desired, now_ms)
+        elif step.drift:
+            self._mirror.replace(audit.elements.values())
+            await self._apply(step, now_ms)
+        return finding
+
+    async def difference(self, desired: Desired, mode: Mode, now_ms: int) -> tuple[Plan, Audit]:
+        """Return what would have to change in the real firewall, and what it holds; changes nothing.
+
+        Raises:
+            BackendError: It could not be read.
+        """
+        audit = await self._real.audit(now_ms)
+        wanted = desired.view(now_ms) if mode is Mode.ENFORCE else {}
+        return plan(wanted, audit.elements, now_ms, TOLERANCE_MS), audit
+
+    async def _apply(self, step: Plan, now_ms: int) -> None:
+        await self._target.apply(step, now_ms)
+        self._mirror.apply(step)
+        await self._confirm(step, now_ms)
+
+    async def _confirm(self, step: Plan, now_ms: int) -> None:
+        wanted = {element.match for element in itertools.chain(step.wanted(), *(areas for _, areas in step.areas))}
+        missing = wanted - await self._target.read_back(wanted)
+        if missing:
+            raise BackendError("APPLY_FAILED", f"read back: {len(missing)} of {len(wanted)} are not there, as {min(missing)}")
+
+    async def _rebuild(self, desired: Desired, now_ms: int) -> None:
+        elements = desired.view(now_ms)
+        await self._target.rebuild(elements.values(), now_ms)
+        self._mirror.replace(elements.values())
+        self._rebuild_due = False
+        await self._confirm(Plan(adds=tuple(elements.values())), now_ms)
