@@ -149,6 +149,12 @@ def test_innermost_packet_of_a_tunnel_is_metered_and_a_broken_inside_leaves_the_
     assert batch.proto[1] == (47 if kind == "gre" else 17)
 
 
+@pytest.mark.parametrize("flags", [0x0001, 0x4000, 0x0007], ids=["version 1", "routing", "version 7"])
+def test_gre_of_another_version_or_with_routing_is_not_opened(flags: int) -> None:
+    inner = frames.ipv4(6, frames.tcp(1000, 80, 2, b""))
+    assert check([(0, 101, frames.ipv4(47, struct.pack(">HH", flags, 0x0800) + inner), 0)]).proto.tolist() == [47]
+
+
 def test_tunnels_are_opened_eight_levels_deep_and_no_further() -> None:
     packet = frames.ipv4(6, frames.tcp(1, 2, 2, b""))
     for _ in range(MAX_LEVELS):

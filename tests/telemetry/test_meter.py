@@ -129,9 +129,11 @@ def tcp(ts: int, flags: int, *, back: bool = False, sport: int = 1000, payload: 
 
 
 def flows_of(sequence: list[Packet]) -> list[tuple[int, int]]:
-    """Return (start, packets) of each flow."""
+    """Return (start, packets) of each flow, after checking that no cut into blocks changes a cell."""
     rows = of_meter(metered([to_batch(sequence)]))
     assert_same(rows, of_oracle(oracle.meter(sequence)))
+    for block in range(1, len(sequence)):
+        assert of_meter(metered(pieces(to_batch(sequence), block))) == rows
     return [(row.identity[0], int(row.features[4] + row.features[5])) for row in rows]
 
 
@@ -145,8 +147,12 @@ def flows_of(sequence: list[Packet]) -> list[tuple[int, int]]:
         ([tcp(0, FIN), tcp(1, FIN | ACK, back=True), tcp(2, ACK), tcp(3, SYN)], [(0, 3), (3, 1)]),
         ([tcp(0, FIN), tcp(1, FIN | ACK, back=True), tcp(2, SYN | ACK), tcp(3, SYN)], [(0, 4)]),
         ([tcp(0, FIN), tcp(1, FIN), tcp(2, ACK, back=True), tcp(3, SYN)], [(0, 4)]),
+        ([tcp(0, FIN, back=True), tcp(1, FIN), tcp(2, ACK), tcp(3, ACK), tcp(4, SYN)], [(0, 4), (4, 1)]),
     ],
-    ids=["cut after 120 s", "clock step back", "reset", "no last ack", "last ack", "syn+ack is no last ack", "one side's fins"],
+    ids=[
+        *("cut after 120 s", "clock step back", "reset", "no last ack", "last ack"),
+        *("syn+ack is no last ack", "one side's fins", "late packets of an ended flow"),
+    ],
 )
 def test_flow_borders(sequence: list[Packet], expected: list[tuple[int, int]]) -> None:
     assert flows_of(sequence) == expected
@@ -157,6 +163,45 @@ def test_syn_ack_first_makes_its_receiver_the_forward_side() -> None:
     assert flows.src[0, 12:].tobytes() == A
     assert flows.sport.tolist() == [1000]
     assert flows.features[0, 4:6].tolist() == [1, 1]
+
+
+def test_with_equal_endpoints_every_packet_is_forward() -> None:
+    sequence = [
+        Packet(n, 4, A, A, 6, "tcp", 5, 80, 80, flags=flags, header=20) for n, flags in enumerate([SYN | ACK, FIN, ACK])
+    ]
+    assert flows_of(sequence) == [(0, 3)]
+    assert metered([to_batch(sequence)])[-1].features[0, 4:6].tolist() == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("proto", "reply", "request_type"),
+    [(1, 0, 8), (1, 14, 13), (1, 16, 15), (1, 18, 17), (58, 129, 128), (1, 129, 129), (58, 0, 0)],
+)
+def test_icmp_reply_is_of_its_requests_flow(proto: int, reply: int, request_type: int) -> None:
+    asked = Packet(0, 4, A, B, proto, "icmp", 4, kind=request_type, code=2, header=8)
+    answered = Packet(1, 4, B, A, proto, "icmp", 4, kind=reply, code=2, header=8)
+    assert flows_of([asked, answered]) == [(0, 2)]
+    alone = metered([to_batch([answered])])[-1]
+    assert (alone.icmp_type[0], alone.icmp_code[0], alone.src[0, 15]) == (request_type, 2, B[3])
+
+
+def test_data_run_goes_on_over_a_block_border_until_more_than_a_second_passes() -> None:
+    for pause, bulks in ((S, 5), (S + 1, 4)):
+        times = [0, 1, 2, 3, 3 + pause]
+        flows = metered(pieces(to_batch([tcp(time, ACK, payload=10) for time in times]), 4))[-1]
+        assert flows.features[0, 58] == bulks  # fwd_pkts_b_avg
+
+
+def test_flow_is_kept_until_ten_seconds_behind_its_last_possible_packet() -> None:
+    meter = FlowMeter()
+    sequence = [tcp(0, ACK), tcp(130 * S, ACK, sport=2000), tcp(120 * S, ACK), tcp(130 * S + 1, ACK, sport=2000)]
+    finished = [meter.add(batch).features[:, 4].tolist() for batch in pieces(to_batch(sequence), 1)]
+    assert finished == [[], [], [], [2]]
+
+
+def test_flow_that_begins_late_is_not_taken_for_an_old_one() -> None:
+    sequence = [tcp(1000 * S, ACK, sport=2000), *(tcp(n * S, ACK) for n in range(3))]
+    assert flows_of(sequence) == [(0, 3), (1000 * S, 1)]
 
 
 def test_single_packet_flows_are_marked_and_end_reasons_told() -> None:
