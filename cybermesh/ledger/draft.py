@@ -30,6 +30,7 @@ from cybermesh.ledger.schedule import Due, Schedule
 from cybermesh.ledger.tables import REGISTERS, Table, Tables
 
 KEY_BYTES: Final = 32
+SEQ_BYTES: Final = 8
 
 DUE_DECISION: Final = 1
 DUE_DEFERRED: Final = 2
@@ -160,7 +161,9 @@ class Draft:
         known = reports.get(producer)
         if known is None or known.seq < record.seq:
             self._reports[subject] = reports.set(producer, record)
-        self.forget = self.forget.added(Due(record.admitted_ms + self.references_kept_ms, FORGET_ANOMALY, key))
+        # Of equal times the oldest goes first, so that the report that counts is the last to go.
+        place = record.seq.to_bytes(SEQ_BYTES, "big") + key
+        self.forget = self.forget.added(Due(record.admitted_ms + self.references_kept_ms, FORGET_ANOMALY, place))
 
     def drop_anomaly(self, key: bytes) -> None:
         """Forget an anomaly."""

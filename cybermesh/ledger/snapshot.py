@@ -31,8 +31,7 @@ _HASH_BYTES: Final = 32
 
 def encode_snapshot(state: State) -> bytes:
     """Return the state's canonical bytes."""
-    head = encoding.encode([_HEAD, state.log.size, list(state.log.peaks), state.genesis.chain_id])
-    lines = [head]
+    lines = [_encode_head(state.genesis, state.log)]
     for table in dataclasses.fields(Tables):
         entries: immutables.Map[bytes | str, object] = getattr(state.tables, table.name)
         lines += sorted(encode_entry(table.name, key, record) for key, record in entries.items())
@@ -57,6 +56,10 @@ def decode_snapshot(genesis: Genesis, data: bytes, root: bytes) -> State:
     return state
 
 
+def _encode_head(genesis: Genesis, log: Frontier) -> bytes:
+    return encoding.encode([_HEAD, log.size, list(log.peaks), genesis.chain_id])
+
+
 def _read_head(genesis: Genesis, line: bytes) -> Frontier:
     value = encoding.load(line)
     if not isinstance(value, list) or len(value) != 4 or value[0] != _HEAD or value[3] != genesis.chain_id.hex():
@@ -65,9 +68,10 @@ def _read_head(genesis: Genesis, line: bytes) -> Frontier:
     peaks = encoding.restore(tuple[bytes, ...], value[2], "log peaks")
     assert isinstance(size, int)
     assert isinstance(peaks, tuple)
-    if len(peaks) != size.bit_count() or any(len(peak) != _HASH_BYTES for peak in peaks):
-        raise EncodingError("snapshot: the log's peaks do not fit its size")
-    return Frontier(size, peaks)
+    log = Frontier(size, peaks)
+    if len(peaks) != size.bit_count() or any(len(peak) != _HASH_BYTES for peak in peaks) or _encode_head(genesis, log) != line:
+        raise EncodingError("snapshot: the log's peaks do not fit its size, or the line is not canonical")
+    return log
 
 
 def _read_entries(lines: list[bytes]) -> tuple[Tables, list[bytes]]:

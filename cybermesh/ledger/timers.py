@@ -18,6 +18,7 @@ from cybermesh.ledger.draft import (
     DUE_REQUEST,
     FORGET_ANOMALY,
     FORGET_EVIDENCE,
+    SEQ_BYTES,
     Draft,
 )
 from cybermesh.ledger.governance import room_again_ms, room_for_targets
@@ -175,7 +176,7 @@ def _forget(draft: Draft) -> None:
             return
         draft.forget = draft.forget.without_first()
         if first.kind == FORGET_ANOMALY:
-            draft.drop_anomaly(first.key)
+            draft.drop_anomaly(first.key[SEQ_BYTES:])
         elif first.kind == FORGET_EVIDENCE:
             draft.drop_evidence(first.key)
         else:
