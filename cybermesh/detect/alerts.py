@@ -71,9 +71,13 @@ class Alert:
         for finding in verdict.findings:
             tally = self.tallies.setdefault(finding.engine + finding.rule_id, _Tally(0, finding.first_us, finding.last_us, 0))
             self.count = max(self.count, tally.add(finding.first_us, finding.last_us, finding.count))
-        old, new = self.verdict, verdict
-        if (_RANK.get(new.type, 0), new.confidence, new.count) > (_RANK.get(old.type, 0), old.confidence, old.count):
+        if _weight(verdict) > _weight(self.verdict):
             self.verdict = verdict
+
+
+def _weight(verdict: Verdict) -> tuple[int, float, int]:
+    """Order of verdicts: distributed before single, then severity by how sure it is, then count."""
+    return _RANK.get(verdict.type, 0), verdict.severity * verdict.confidence, verdict.count
 
 
 class AlertBook:
