@@ -199,8 +199,8 @@ class Driver(Generic[S]):
         if replica is None:
             return Status(0, 0, self._root.height, 0, waiting, "not started")
         problem = self._problem
-        if problem is None and not replica.is_ready:
-            problem = "catching up"
+        if problem is None and replica.waiting_for is not None:
+            problem = f"waiting for {replica.waiting_for}"
         return Status(replica.round, replica.leader, replica.root.height, replica.high_qc.round, waiting, problem)
 
     async def run(self) -> None:

@@ -132,9 +132,11 @@ class Replica(Generic[S]):
         return self._tree.root
 
     @property
-    def is_ready(self) -> bool:
-        """Whether a quorum has told where it stands and no certified block is missing."""
-        return self._safety.is_open and self._catch_up.wanted is None
+    def waiting_for(self) -> str | None:
+        """What keeps the node from taking full part, None when nothing does."""
+        if not self._safety.is_open:
+            return "a quorum"
+        return None if self._catch_up.wanted is None else "missing blocks"
 
     @property
     def held(self) -> int:

@@ -96,14 +96,14 @@ def test_what_is_stored_survives_its_encoding(block, qc, evidence, record):
 DECODERS = [decode_message, decode_block, decode_quorum_cert, decode_evidence, decode_record]
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(st.sampled_from(DECODERS), st.binary(max_size=400))
 def test_any_bytes_give_a_value_or_the_declared_error(decode, data):
     with contextlib.suppress(MalformedError):
         decode(data)
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(messages, st.data())
 def test_a_damaged_message_gives_a_value_or_the_declared_error(message, data):
     encoded = bytearray(encode_message(message))

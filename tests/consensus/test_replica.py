@@ -80,9 +80,10 @@ def test_r10_a_node_asks_all_where_they_stand_and_times_out_the_barred_round_at_
     assert first.wants_reply
     assert broadcasts(transcript.wait(1_100), Sync), "asks again while nobody answers"
     assert broadcasts(transcript.wait(1_000), Timeout) == [], "signs nothing before a quorum has told"
+    assert transcript.replica.waiting_for == "a quorum"
     for peer in (1, 2):
         transcript.hear(bench.sync(), peer)
-    assert transcript.replica.is_ready
+    assert transcript.replica.waiting_for is None
     (timeout,) = broadcasts(transcript.wait(210), Timeout)
     assert timeout.round == 1
 
@@ -377,7 +378,7 @@ def test_r11_a_missing_block_is_asked_of_its_voters_and_another_one_when_no_answ
     effects = follower.hear(answer, asked[-1])
     committed = [each.block for commit in of(effects, Commit) for each in commit.blocks]
     assert committed == blocks[:3]
-    assert follower.replica.is_ready
+    assert follower.replica.waiting_for is None
 
 
 def test_r11_blocks_nobody_asked_for_are_refused(bench, follower):
