@@ -22,6 +22,9 @@ hypothesis.settings.register_profile("fast", max_examples=60, deadline=None)
 hypothesis.settings.register_profile("deep", max_examples=5_000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
+# Otherwise asking for the main thread's loop makes one (Python 3.11), which pytest-asyncio keeps, forgets, and nobody closes.
+asyncio.set_event_loop(None)
+
 
 def skip_or_fail(part: str, reason: str) -> None:
     """Skip the test because ``part`` is absent, unless ``CYBERMESH_REQUIRE`` names it."""

@@ -110,7 +110,7 @@ def test_tracked_files_name_no_registry_and_no_machine() -> None:
         )
     )
     found = subprocess.run(
-        ["git", "grep", "-nIE", pattern, "--", ".", ":!*.svg"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "grep", "-nIE", "-e", pattern, "--", ".", ":!*.svg"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert found.returncode in {0, 1}, found.stderr
     assert found.stdout == ""

@@ -2,7 +2,8 @@
 
 Rules:
 
-- a write is one transaction: all of it or nothing, also when the task is cancelled or the process dies;
+- a write is one transaction: all of it or nothing, also when the process dies. A cancelled caller waits for the running
+  transaction, which is short, because a driver that is interrupted leaves its thread and its connection in no known state;
 - SQLite runs in WAL mode with synchronous=FULL, so what ``write`` returned from survives a power loss; writers queue here and
   not in the database. The others run SERIALIZABLE, and a write that lost against another (SQLSTATE 40001) is tried again;
 - what passes by itself (full, locked, lost) is StoreUnavailable; whatever else the database refuses is StoreError.
@@ -13,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Iterator
+import sqlite3
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,6 +68,23 @@ def database_url(where: str | Path) -> URL:
     return url.set(drivername=driver)
 
 
+async def open_database(where: str | Path) -> Database:
+    """Return the database at a URL or SQLite file; its schema is not looked at (``migrate``).
+
+    Raises:
+        StoreError: the URL is not usable.
+        StoreUnavailable: the SQLite file cannot be opened or made.
+    """
+    url = database_url(where)
+    if url.drivername.startswith("sqlite"):
+        try:
+            # Tried without aiosqlite first: a connection that fails to open leaves its thread running into a closed loop.
+            await asyncio.to_thread(lambda: sqlite3.connect(str(url.database)).close())
+        except sqlite3.OperationalError as error:
+            raise StoreUnavailable(f"{url.database}: {error}; check that the folder exists and may be written") from error
+    return Database(url)
+
+
 class Database:
     """An open database; make it with ``open_database`` and leave it with ``close``.
 
@@ -96,7 +115,7 @@ class Database:
             StoreUnavailable: the database is locked or lost.
         """
         with self._translated():
-            return await self._attempt(self.engine.connect, work)
+            return await _finished(self._attempt(self.engine.connect, work))
 
     async def write(self, work: Work[T]) -> T:
         """Run ``work`` in a transaction and commit it durably; it may run several times, the last one counts.
@@ -107,7 +126,7 @@ class Database:
         """
         async with self._turn or contextlib.nullcontext():
             with self._translated():
-                return await self._attempt(self._writing.begin, work)
+                return await _finished(self._attempt(self._writing.begin, work))
 
     async def _attempt(self, enter: Callable[[], AbstractAsyncContextManager[AsyncConnection]], work: Work[T]) -> T:
         for attempt in range(ATTEMPTS_MAX):
@@ -135,6 +154,27 @@ class Database:
             raise StoreError(text) from error
         except _PASSING as error:
             raise StoreUnavailable(f"{self._name}: {error}") from error
+
+
+async def _finished(running: Coroutine[Any, Any, T]) -> T:
+    """Await ``running``; when the caller is cancelled meanwhile, let it end first (a second cancellation interrupts it)."""
+    result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+    async def run() -> None:
+        try:
+            result.set_result(await running)
+        except Exception as error:  # noqa: BLE001 - supervisor: whatever it is, the caller gets it
+            result.set_exception(error)
+
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(run(), name="store transaction")
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            result.exception()  # the caller is gone; without this its loss would be reported as forgotten
+            raise
+    return result.result()
 
 
 def sqlstate(error: exc.DBAPIError) -> str | None:

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cybermesh.store import BlockConflict, StoreError, tables
 from cybermesh.store.chain import Chain
-from cybermesh.store.database import Database, database_url, insert_new
+from cybermesh.store.database import Database, insert_new, open_database
 from cybermesh.store.feedback import Feedback
 from cybermesh.store.mempool import MempoolJournal
 from cybermesh.store.migrate import migrate, require_current
@@ -78,7 +78,7 @@ async def open_store(where: str | Path) -> AsyncIterator[Store]:
         StoreError: the URL or the schema is not usable; the text says what to do.
         StoreUnavailable: the database cannot be reached.
     """
-    database = Database(database_url(where))
+    database = await open_database(where)
     try:
         if database.is_embedded:
             await migrate(database)
@@ -97,7 +97,7 @@ async def _not_stored(connection: AsyncConnection, blocks: Sequence[CommittedBlo
     table = tables.blocks
     query = select(table.c.height, table.c.hash).where(table.c.height.between(heights[0], heights[-1]))
     rows = await connection.execute(query)
-    stored: dict[int, bytes] = dict(rows.tuples().all())
+    stored: dict[int, bytes] = {row.height: row.hash for row in rows}
     for entry in blocks:
         found = stored.get(entry.block.height)
         if found is not None and found != entry.block.hash:
