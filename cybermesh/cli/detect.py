@@ -15,7 +15,7 @@ from cybermesh.cli import output
 
 if TYPE_CHECKING:
     from cybermesh.detect.detector import Detection
-    from cybermesh.detect.engines import Engine
+    from cybermesh.detect.engines.classifier import Classifier
     from cybermesh.detect.engines.rule_file import RuleSet
     from cybermesh.detect.pipeline import Pipeline
     from cybermesh.telemetry.packets import PacketBatch
@@ -101,23 +101,30 @@ def _detect_one(spec: str, rules: RuleSet, no_classifier: bool) -> list[Detectio
     from cybermesh.telemetry.sources.choose import open_source
 
     with contextlib.closing(open_source(spec)) as source:
-        more: list[Engine] = [] if no_classifier else _classifier()
-        pipeline = build(rules, meter=FlowMeter(), flow_names=NAMES, more_engines=more)
+        classifier = None if no_classifier else _classifier()
+        pipeline = build(
+            rules,
+            meter=FlowMeter(),
+            flow_names=NAMES,
+            more_engines=() if classifier is None else (classifier,),
+            model_digest="" if classifier is None else classifier.model.digest,
+        )
         found = [detection for batch in _with_progress(source) for detection in pipeline.feed(batch)]
         found += pipeline.finish()
         _tell(source, pipeline)
     return latest(found)
 
 
-def _classifier() -> list[Engine]:
+def _classifier() -> Classifier | None:
+    """Open the shipped model; without a good one, go on with rules and statistics, and say so."""
     from cybermesh.detect.engines.classifier import open_classifier
     from cybermesh.detect.modelfile import ModelError
 
     try:
-        return [open_classifier()]
+        return open_classifier()
     except ModelError as error:
         output.note(f"without the classifier: {error}")
-        return []
+        return None
 
 
 def _with_progress(source: Source) -> Iterator[PacketBatch]:

@@ -91,7 +91,7 @@ class Ensemble:
             last_us=max(finding.last_us for finding in ordered),
             count=max(finding.count for finding in ordered),
             votes=votes,
-            explanation=best.explanation,
+            explanation=min(ordered, key=lambda finding: finding.engine != "rules").explanation,  # a rule says it best
             findings=tuple(ordered),
         )
 

@@ -138,6 +138,12 @@ def test_a_weak_vote_for_one_type_does_not_hide_a_strong_one_for_another() -> No
     assert [verdict.type for verdict in Ensemble().decide([weak, strong])] == ["brute_force"]
 
 
+def test_a_rules_explanation_is_preferred_to_a_models() -> None:
+    model = finding(engine="classifier", score=0.99, explanation="looks like it")
+    (decided,) = Ensemble().decide([model, finding(score=0.9)])
+    assert decided.explanation == "seen"
+
+
 @pytest.mark.parametrize(("kind", "least"), [("dos", 0.70), ("ddos", 0.70), ("malware", 0.85), ("port_scan", 0.75)])
 def test_every_type_has_its_threshold(kind: str, least: float) -> None:
     assert Ensemble().decide([finding(type=kind, score=least - 0.01)]) == []

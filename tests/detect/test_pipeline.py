@@ -164,3 +164,48 @@ def test_a_capture_without_any_duration_is_judged() -> None:
     assert [(detection.type, detection.entity, detection.count, detection.policy) for detection in found] == [
         ("dos", "0.0.0.0", 10_000, None)
     ]
+
+
+def evidence_rules(packets: Iterable[Packet]) -> set[str]:
+    """The ids of the rules that any report rests on."""
+    pipeline = build(RULES)
+    reports = pipeline.feed(batch(traffic.ordered(packets))) + pipeline.finish()
+    found = [finding for report in reports for finding in report.evidence["findings"]]  # type: ignore[attr-defined]
+    return {str(finding["rule"]) for finding in found}
+
+
+# For each shipped rule, traffic that must be reported because of it: without the rule its test fails.
+TRAFFIC_OF = {
+    "flood-syn": lambda: traffic.syn_flood(T, 4_000, 2_000),
+    "flood-syn-slow": lambda: traffic.syn_flood(T, 150, 20),
+    "flood-syn-distributed": lambda: traffic.syn_flood(T, 4_000, 2_000, FORGED),
+    "flood-udp": lambda: traffic.udp_flood(T, 4_000, 1_000),
+    "flood-udp-slow": lambda: traffic.udp_flood(T, 200, 20),
+    "flood-udp-fixed": lambda: traffic.udp_flood(T, 8_000, 1_000, fixed=True),
+    "flood-udp-distributed": lambda: traffic.forged(traffic.udp_flood(T, 6_000, 2_000), FORGED),
+    "flood-icmp": lambda: traffic.ping_flood(T, 500, 100),
+    "flood-icmp-distributed": lambda: traffic.forged(traffic.ping_flood(T, 4_000, 1_000), FORGED),
+    "flood-icmp-large": lambda: traffic.ping_flood(T, 100, 10, b"p" * 1000),
+    "flood-dhcp": lambda: [Packet(T, "0.0.0.0", "255.255.255.255", 68, 67, 17, payload=b"d" * 240) for _ in range(4_000)],
+    "scan-vertical": lambda: traffic.syn_scan(T, range(1, 31)),
+    "scan-vertical-slow": lambda: traffic.syn_scan(T, range(1, 41), 14),
+    "scan-stealth": lambda: traffic.flag_scan(T, FIN, range(1, 13)),
+    "scan-udp": lambda: traffic.udp_scan(T, range(1, 41)),
+    "scan-horizontal": lambda: traffic.sweep(T, 445, range(1, 60)),
+    "scan-horizontal-slow": lambda: traffic.sweep(T, 445, range(1, 60), 8),
+    "scan-icmp-sweep": lambda: traffic.ping_sweep(T, range(1, 60), 5),
+    "brute-ssh": lambda: traffic.guesses(T, 20, 22, 1.0),
+    "brute-clear-text": lambda: traffic.guesses(T, 8, 21, 1.0, greeting=b"530 no\r\n", sent=30, got=60),
+    "brute-ftp-sessions": lambda: traffic.guesses(T, 30, 21, 1.0, sent=40, got=150),
+    "brute-terminal": lambda: traffic.guesses(T, 20, 23, 1.0, sent=60, got=200),
+    "brute-mail-sessions": lambda: traffic.guesses(T, 150, 993, 0.3),
+}
+
+
+def test_every_shipped_rule_has_traffic_that_is_reported_because_of_it() -> None:
+    assert set(TRAFFIC_OF) == {rule.id for rule in RULES.rules}
+
+
+@pytest.mark.parametrize("rule_id", TRAFFIC_OF)
+def test_a_rule_reports_the_traffic_it_is_for(rule_id: str) -> None:
+    assert rule_id in evidence_rules(TRAFFIC_OF[rule_id]())

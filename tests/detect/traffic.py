@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 
 from cybermesh.telemetry.packets import ACK, FIN, PSH, RST, SYN
@@ -89,9 +91,9 @@ def udp_scan(at: float, ports: Iterable[int], gap: float = 0.4) -> Iterator[Pack
             yield unreachable(probe.at + 0.001, probe)
 
 
-def sweep(at: float, port: int, hosts: Iterable[int]) -> Iterator[Packet]:
+def sweep(at: float, port: int, hosts: Iterable[int], gap: float = 0.02) -> Iterator[Packet]:
     for number, host in enumerate(hosts):
-        yield Packet(at + number * 0.02, ATTACKER, f"10.0.9.{host}", 42_000 + number, port, 6, SYN)
+        yield Packet(at + number * gap, ATTACKER, f"10.0.9.{host}", 42_000 + number, port, 6, SYN)
 
 
 def ping_sweep(at: float, hosts: Iterable[int], alive: int) -> Iterator[Packet]:
@@ -112,9 +114,15 @@ def udp_flood(at: float, count: int, per_s: int, fixed: bool = False) -> Iterato
         yield Packet(at + number / per_s, ATTACKER, VICTIM, 2000 if fixed else 1024 + number % 60_000, 53, 17, payload=b"f")
 
 
-def ping_flood(at: float, count: int, per_s: int) -> Iterator[Packet]:
+def ping_flood(at: float, count: int, per_s: int, payload: bytes = b"") -> Iterator[Packet]:
     for number in range(count):
-        yield Packet(at + number / per_s, ATTACKER, VICTIM, proto=1, icmp=(8, 0))
+        yield Packet(at + number / per_s, ATTACKER, VICTIM, proto=1, icmp=(8, 0), payload=payload)
+
+
+def forged(packets: Iterable[Packet], sources: Iterable[str]) -> Iterator[Packet]:
+    """The same packets with sources written into them in turn."""
+    for packet, source in zip(packets, itertools.cycle(sources)):
+        yield dataclasses.replace(packet, src=source)
 
 
 def guesses(
