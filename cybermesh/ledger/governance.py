@@ -17,7 +17,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import Final
 
-from cybermesh.addresses import AddressError, is_host, parse_network
+from cybermesh.addresses import AddressError, parse_address, parse_network
 from cybermesh.ledger.draft import Draft
 from cybermesh.ledger.index import Span, Subject, span_of, spans_of
 from cybermesh.ledger.receipts import Code, Why
@@ -55,7 +55,13 @@ def rule_key(spec: PolicySpec) -> bytes:
 
 def target_spans(spec: PolicySpec) -> tuple[Span, ...]:
     """Return the policy's targets as spans."""
-    return tuple(span_of(network) for network in spec.networks())
+    hosts = tuple(Span(address.version, int(address), int(address)) for address in spec.target.ips)
+    return hosts + tuple(map(span_of, spec.target.cidrs))
+
+
+def target_count(spec: PolicySpec) -> int:
+    """Return for how many targets the policy counts."""
+    return len(spec.target.ips) + len(spec.target.cidrs)
 
 
 def shield_fault(draft: Draft, spans: tuple[Span, ...]) -> Code | None:
@@ -76,10 +82,9 @@ def limit_fault(draft: Draft, spec: PolicySpec) -> str | None:
     limits = draft.genesis.limits
     if not limits.ttl_min_s <= spec.guardrails.ttl_seconds <= limits.ttl_max_s:
         return "ttl_max_s" if spec.guardrails.ttl_seconds > limits.ttl_max_s else "ttl_min_s"
-    networks = spec.networks()
-    if len(networks) > limits.targets_per_policy:
+    if target_count(spec) > limits.targets_per_policy:
         return "targets_per_policy"
-    for network in networks:
+    for network in spec.target.cidrs:
         if network.prefixlen < (limits.prefix_min_v4 if network.version == 4 else limits.prefix_min_v6):
             return f"prefix_min_v{network.version}"
     return None
@@ -87,10 +92,9 @@ def limit_fault(draft: Draft, spec: PolicySpec) -> str | None:
 
 def is_wide(draft: Draft, spec: PolicySpec) -> bool:
     """Return whether the policy reaches so wide that it always needs an operator."""
-    limits, networks = draft.genesis.limits, spec.networks()
-    if len(networks) > limits.wide_targets or spec.guardrails.ttl_seconds > limits.wide_ttl_s:
-        return True
-    return not all(is_host(network) for network in networks)
+    limits = draft.genesis.limits
+    is_long = spec.guardrails.ttl_seconds > limits.wide_ttl_s
+    return is_long or bool(spec.target.cidrs) or target_count(spec) > limits.wide_targets
 
 
 def is_above_floors(draft: Draft, confidence_ppm: int, severity: int) -> bool:
@@ -194,6 +198,9 @@ def room_again_ms(draft: Draft, targets: int) -> int | None:
 
 
 def anomaly_subject(entity: str) -> str:
-    """Return the one form of an entity: an address or prefix as its network is written, any other text as it is."""
-    span = _span_of_text(entity)
-    return entity if span is None else str(parse_network(entity))
+    """Return the one form of an entity: an address or prefix as we write it, any other text as it is."""
+    try:
+        return str(parse_address(entity))
+    except AddressError:
+        span = _span_of_text(entity)
+        return entity if span is None else str(parse_network(entity))

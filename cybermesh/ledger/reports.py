@@ -58,7 +58,7 @@ def _subject_in(content: dict[str, object], name: str) -> str:
     value = content.get(name)
     if not isinstance(value, str) or len(value) > ENTITY_CHARS_MAX:
         return ""
-    return anomaly_subject(value)
+    return anomaly_subject(value) if value else ""
 
 
 def _wake_pending(draft: Draft, record: AnomalyRecord) -> None:

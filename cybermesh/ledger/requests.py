@@ -25,6 +25,7 @@ from cybermesh.ledger.governance import (
     room_for_targets,
     rule_key,
     shield_fault,
+    target_count,
     target_spans,
 )
 from cybermesh.ledger.params import read_params
@@ -94,7 +95,7 @@ def reduce_policy(draft: Draft, message: Policy) -> Verdict:
     joined = with_references(draft, request)
     if joined is None:
         return _keep(draft, request, "waiting", draft.genesis.limits.waiting_per_producer, Code.WAITING)
-    return consider(draft, joined)
+    return _judge(draft, joined, spec)
 
 
 def _policy_of(content: dict[str, object], message: Policy) -> dict[str, object]:
@@ -160,6 +161,11 @@ def consider(draft: Draft, request: RequestRecord) -> Verdict:
     refused = refuse_target(draft, spec)
     if refused is not None:
         return _drop(draft, request, refused.code, refused.detail)
+    return _judge(draft, request, spec)
+
+
+def _judge(draft: Draft, request: RequestRecord, spec: PolicySpec) -> Verdict:
+    """Find who grants the request; its producer and its targets have just been looked at."""
     if draft.is_killed:
         return _stop(draft, request)
     if not is_above_floors(draft, request.confidence_ppm, request.severity):
@@ -218,7 +224,7 @@ def carry_out(draft: Draft, request: RequestRecord, spec: PolicySpec, grant: Gra
         if effect is None:
             return Verdict(Code.ALREADY_ACTIVE, active.policy_id)
         return Verdict(Code.OK, "", (effect,))
-    targets = len(spec.networks())
+    targets = target_count(spec)
     if by_operator:
         total = draft.targets_detectors + draft.targets_operators
         if total + targets > draft.genesis.limits.targets_active_operators:

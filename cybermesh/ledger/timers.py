@@ -21,7 +21,7 @@ from cybermesh.ledger.draft import (
     SEQ_BYTES,
     Draft,
 )
-from cybermesh.ledger.governance import room_again_ms, room_for_targets
+from cybermesh.ledger.governance import room_again_ms, room_for_targets, target_count
 from cybermesh.ledger.receipts import Code, Ending, Kind, Receipt
 from cybermesh.ledger.records import RequestRecord, Stage
 from cybermesh.ledger.requests import Verdict, consider, release_deferred, with_references
@@ -146,7 +146,7 @@ def _take_releasable(draft: Draft, count_max: int) -> list[RequestRecord]:
 
 
 def _targets(request: RequestRecord) -> int:
-    return len(parse(request.rule_data).networks())
+    return target_count(parse(request.rule_data))
 
 
 def _next_deferred(draft: Draft) -> RequestRecord | None:
