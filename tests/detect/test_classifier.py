@@ -14,7 +14,7 @@ import pytest
 
 from cybermesh.detect import modelfile
 from cybermesh.detect.corroboration import FLOWS_MIN, WINDOW_US, Corroboration
-from cybermesh.detect.engines.classifier import Classifier, open_classifier
+from cybermesh.detect.engines.classifier import Classifier, _answered, open_classifier
 from cybermesh.detect.modelfile import ModelError
 from cybermesh.keys import SigningKey
 from cybermesh.telemetry.features import COLUMN, NAMES
@@ -128,9 +128,23 @@ def test_one_packet_and_masked_inputs_and_other_extractors_are_abstentions() -> 
 
 def test_benign_is_a_vote_only_of_a_model_that_knows_the_site() -> None:
     calm = batch(flows(["benign"] * 40))
-    assert not classifier().judged(calm).any()
-    assert classifier(votes_benign=True).judged(calm).mean() > 0.9
-    assert classifier(votes_benign=True).score_flows(calm) == []
+    stranger, resident = classifier(), classifier(knows_site=True)
+    assert stranger.score_flows(calm) == resident.score_flows(calm) == []
+    assert not stranger.judged(calm).any()
+    assert resident.judged(calm).mean() > 0.9
+
+
+def test_a_model_that_does_not_know_the_site_alone_reaches_no_policy() -> None:
+    guesses = batch(flows(["brute_force"] * 30))
+    (strange,), (known,) = classifier().score_flows(guesses), classifier(knows_site=True).score_flows(guesses)
+    assert strange.severity < 8 <= known.severity
+
+
+def test_a_flow_that_stayed_alone_is_an_abstention() -> None:
+    engine = classifier(knows_site=True)
+    lone = batch(flows(["port_scan"]))
+    assert engine.score_flows(lone) == []
+    assert not engine.judged(lone).any()
 
 
 def test_every_row_of_a_long_batch_is_scored_as_it_would_be_alone() -> None:
@@ -157,9 +171,7 @@ def test_a_flood_that_anybody_can_forge_says_so() -> None:
     assert finding.spoofable is False  # data both ways after the handshake
     single = rows.copy()
     single[:, COLUMN["tot_bwd_pkts"]] = 0
-    from cybermesh.detect.engines import classifier as module
-
-    assert not module._answered(batch(single), np.arange(20)).any()
+    assert not _answered(batch(single), np.arange(20)).any()
 
 
 def test_corroboration_forgets_after_its_window_and_stays_bounded() -> None:
@@ -182,7 +194,7 @@ def test_a_model_that_is_neither_pinned_nor_signed_is_refused(saved: Path) -> No
 def test_the_sites_signature_opens_its_model_and_no_other(saved: Path) -> None:
     modelfile.sign(saved, SITE)
     opened = open_classifier(saved, site_key=SITE.public)
-    assert opened.votes_benign
+    assert opened.knows_site
     with pytest.raises(ModelError, match="neither pinned"):
         open_classifier(saved, site_key=SigningKey(b"\x08" * 32).public)
     (saved / modelfile.SIGNATURE).write_text("not hex")
@@ -248,7 +260,7 @@ def test_the_shipped_model_is_pinned_small_and_documented() -> None:
     card = (directory / modelfile.CARD).read_text(encoding="utf-8")
     assert model.record["data_sha256"] in card
     assert model.record["terms"] in card
-    assert not open_classifier().votes_benign
+    assert not open_classifier().knows_site
 
 
 def test_the_shipped_model_raises_the_shipped_scan_and_no_bystander() -> None:

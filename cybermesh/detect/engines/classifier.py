@@ -8,7 +8,8 @@ Rules:
 - flows of one source and one type become one finding, whose score is their mean, once there are enough of them
   (``corroboration``);
 - benign is a vote only of a model that was calibrated on the site's own traffic: on a network it has not seen, the shipped
-  model calls most attacks benign, and that must not silence the other engines.
+  model calls most attacks benign, and that must not silence the other engines. For the same reason such a model alone raises
+  alerts but no policies: its severity stays below what a policy needs.
 
 Only flows are judged; windows are other engines' work.
 """
@@ -38,6 +39,7 @@ FINDINGS_MAX = 256  # of one batch; more (source, type) pairs than that are coun
 BENIGN = "benign"
 _SEVERITY = {"ddos": 9, "dos": 8, "port_scan": 7, "brute_force": 8, "botnet": 8, "web_attack": 7, "infiltration": 8}
 _SEVERITY_OTHERWISE = 7
+_SEVERITY_OF_STRANGERS_MAX = 7  # a policy needs 8
 _FLOODS = frozenset({"ddos", "dos"})
 _SHOWN_FEATURES = 6
 _EXPLAINED_FEATURES = 3
@@ -70,15 +72,15 @@ class Classifier:
 
     ``abstained`` counts rows by reason (a row can have several), ``judged_rows`` and ``rows`` are totals,
     ``uncorroborated`` counts flows taken for an attack that stayed alone, ``unlisted`` findings beyond ``FINDINGS_MAX`` of one
-    batch. ``votes_benign`` says whether the model knows the site.
+    batch. ``knows_site`` says whether the model was trained or calibrated on this site's traffic.
 
     Raises:
         ModelError: the trees are no ONNX model or do not take the inputs that the metadata names.
     """
 
-    def __init__(self, model: Model, onnx: bytes, *, votes_benign: bool = False) -> None:
+    def __init__(self, model: Model, onnx: bytes, *, knows_site: bool = False) -> None:
         self.model = model
-        self.votes_benign = votes_benign
+        self.knows_site = knows_site
         self.abstained: Counter[str] = Counter()
         self.rows = 0
         self.judged_rows = 0
@@ -91,6 +93,7 @@ class Classifier:
         self._thresholds = np.array([model.thresholds.get(name, 0.0) for name in model.classes])
         self._ceilings = np.array([model.ceilings.get(name, 1.0) for name in model.classes])
         self._last: tuple[FlowBatch, Assessment] | None = None
+        self._reported = np.empty(0, dtype=np.intp)  # rows of the last batch that are in findings
 
     @property
     def name(self) -> str:
@@ -118,7 +121,8 @@ class Classifier:
 
     def score_flows(self, flows: FlowBatch) -> list[Finding]:
         """Return one finding for each source and attack type among the judged flows; the others are counted."""
-        assessment = self._assess_batch(flows)
+        assessment = self.assess(flows.features, flows.known)
+        self._last = (flows, assessment)
         self._count(assessment)
         attacks = np.flatnonzero(assessment.judged & (assessment.decided != self._benign))
         groups: dict[tuple[bytes, int], list[int]] = {}
@@ -129,6 +133,7 @@ class Classifier:
         self.uncorroborated += len(attacks) - sum(len(rows) for _, rows in enough)
         enough.sort(key=lambda item: -len(item[1]))
         self.unlisted += max(len(enough) - FINDINGS_MAX, 0)
+        self._reported = np.concatenate([np.empty(0, dtype=np.intp), *(rows for _, rows in enough)])
         return [self._finding(flows, assessment, kind, rows) for kind, rows in enough[:FINDINGS_MAX]]
 
     def score_windows(self, windows: WindowBatch) -> list[Finding]:
@@ -136,12 +141,15 @@ class Classifier:
         return []
 
     def judged(self, flows: FlowBatch) -> npt.NDArray[np.bool_]:
-        """Mark the flows on which the classifier votes, bool[n]; the others are abstentions.
+        """Mark the flows on which the classifier votes, bool[n]; the others are abstentions. Asked after ``score_flows``.
 
         A flow it votes on and that is in no finding is a vote for benign.
         """
-        assessment = self._assess_batch(flows)
-        votes: npt.NDArray[np.bool_] = assessment.judged & (self.votes_benign | (assessment.decided != self._benign))
+        assert self._last is not None
+        assert self._last[0] is flows, "score the batch first"
+        assessment = self._last[1]
+        votes: npt.NDArray[np.bool_] = assessment.judged & (assessment.decided == self._benign) & self.knows_site
+        votes[self._reported] = True
         return votes
 
     def _is_corroborated(self, flows: FlowBatch, kind: int, rows: npt.NDArray[np.intp]) -> bool:
@@ -159,12 +167,6 @@ class Classifier:
             marks = {(int(flows.start_us[row]), int(flows.sport[row])) for row in rows.tolist()}
         return self._corroboration.add(flows.src[rows[0]].tobytes(), type_, marks, end_us)
 
-    def _assess_batch(self, flows: FlowBatch) -> Assessment:
-        """Assess a batch once, although its findings and its abstentions are asked for separately."""
-        if self._last is None or self._last[0] is not flows:
-            self._last = (flows, self.assess(flows.features, flows.known))
-        return self._last[1]
-
     def _count(self, assessment: Assessment) -> None:
         self.rows += len(assessment.reasons)
         self.judged_rows += int(assessment.judged.sum())
@@ -181,6 +183,7 @@ class Classifier:
             for name in self.model.important.get(type_, ())[:_SHOWN_FEATURES]
         }
         score = float(assessment.confidence[rows].mean())
+        severity = _SEVERITY.get(type_, _SEVERITY_OTHERWISE)
         details: dict[str, float | int | str] = {
             "model": self.model.digest[:16],
             "flows": len(rows),
@@ -196,7 +199,7 @@ class Classifier:
             port=_single(flows.dport[rows]),
             protocol=_single(flows.proto[rows]),
             score=score,
-            severity=_SEVERITY.get(type_, _SEVERITY_OTHERWISE),
+            severity=severity if self.knows_site else min(severity, _SEVERITY_OF_STRANGERS_MAX),
             first_us=int(flows.start_us[rows].min()),
             last_us=int(flows.end_us[rows].max()),
             count=len(rows),
@@ -224,7 +227,7 @@ def open_classifier(
         ModelError: as ``modelfile.load``.
     """
     model, onnx = load(directory or shipped_directory(), site_key=site_key, allow_unsigned=allow_unsigned)
-    return Classifier(model, onnx, votes_benign=directory is not None and directory != shipped_directory())
+    return Classifier(model, onnx, knows_site=directory is not None and directory != shipped_directory())
 
 
 def _session(model: Model, onnx: bytes) -> onnxruntime.InferenceSession:
