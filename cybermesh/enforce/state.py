@@ -23,6 +23,7 @@ import orjson
 from cybermesh.addresses import Address, parse_address
 from cybermesh.enforce.decisions import Decision, Mode, Tombstone
 
+FILE_NAME: Final = "agent.sqlite"
 PARKED_MAX: Final = 1_000
 _VERSION: Final = 1
 _BUSY_MS: Final = 5_000
