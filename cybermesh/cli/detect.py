@@ -95,7 +95,7 @@ def as_object(detection: Detection) -> dict[str, object]:
 
 def _detect_one(spec: str, rules: RuleSet, no_classifier: bool) -> list[Detection]:
     """Run one input through a pipeline of its own."""
-    from cybermesh.detect.pipeline import build, latest
+    from cybermesh.detect.pipeline import Decision, build, latest
     from cybermesh.telemetry.features import NAMES
     from cybermesh.telemetry.meter import FlowMeter
     from cybermesh.telemetry.sources.choose import open_source
@@ -107,7 +107,7 @@ def _detect_one(spec: str, rules: RuleSet, no_classifier: bool) -> list[Detectio
             meter=FlowMeter(),
             flow_names=NAMES,
             more_engines=() if classifier is None else (classifier,),
-            model_digest="" if classifier is None else classifier.model.digest,
+            decision=Decision(model_digest="" if classifier is None else classifier.model.digest),
         )
         found = [detection for batch in _with_progress(source) for detection in pipeline.feed(batch)]
         found += pipeline.finish()

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cybermesh.detect.detector import Detection, Detector, Limits
@@ -79,6 +79,15 @@ def latest(detections: Iterable[Detection]) -> list[Detection]:
     return list(last.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How findings become detections; ``model_digest`` is that of the classifier's model, for the evidence."""
+
+    ensemble: Ensemble = field(default_factory=Ensemble)
+    limits: Limits = field(default_factory=Limits)
+    model_digest: str = ""
+
+
 def build(
     rules: RuleSet,
     *,
@@ -86,14 +95,13 @@ def build(
     flow_names: tuple[str, ...] = (),
     more_engines: Sequence[Engine] = (),
     statistics: StatisticsEngine | None = None,
-    ensemble: Ensemble | None = None,
-    limits: Limits | None = None,
-    model_digest: str = "",
+    decision: Decision | None = None,
 ) -> Pipeline:
     """Return a pipeline over a rule set, with a statistics engine (a new one by default) and whatever else is given."""
+    decision = decision if decision is not None else Decision()
     engines: list[Engine] = [RuleEngine(rules, flow_names), statistics if statistics is not None else StatisticsEngine()]
     engines += more_engines
-    detector = Detector(engines, ensemble if ensemble is not None else Ensemble(), limits, rules, model_digest)
+    detector = Detector(engines, decision.ensemble, decision.limits, rules, decision.model_digest)
     return Pipeline(SlidingWindows(wanted(rules)), meter, detector)
 
 
