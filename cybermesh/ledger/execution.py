@@ -1,18 +1,19 @@
 """What a validator asks of the ledger, with plain arguments: choose, check and execute a block, and say when time is up.
 
 ``roles/validator.py`` wraps these for consensus, which knows nothing of messages. ``choose`` is the honest proposer's: it
-executes what it is offered, anomalies before evidence before policies before operators' commands, and leaves out what would
-only give a refusal. ``is_within_limits`` is the cheap question that comes before any signature is checked.
+executes what it is offered, anomalies before evidence before policies before operators' commands, and leaves out what anybody
+could fill blocks with: duplicates, stale messages, strangers. What the governance refuses goes in, since a refusal, too, must
+be attributable and provable. ``is_within_limits`` is the cheap question that comes before any signature is checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cybermesh.envelope import EnvelopeError
 from cybermesh.genesis import Genesis
-from cybermesh.ledger.receipts import JUNK, REQUEST_KEPT, Code
+from cybermesh.ledger.receipts import JUNK
 from cybermesh.ledger.state import (
     Applied,
     InvalidBlock,
@@ -26,7 +27,9 @@ from cybermesh.ledger.state import (
 from cybermesh.messages import SignedMessage
 from cybermesh.wire.admission import read_transaction, verify_transaction
 
-_WORTH_A_PLACE = REQUEST_KEPT | {Code.OK, Code.AWAITING_OPERATORS}
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,13 @@ def is_within_limits(state: State, block: LedgerBlock) -> bool:
     return junk <= state.genesis.block_limits.junk
 
 
-def choose(state: State, *, height: int, time_ms: int, candidates: Sequence[bytes]) -> Choice:
+def choose(
+    state: State, *, height: int, time_ms: int, candidates: Sequence[bytes], is_time_up: Callable[[], bool] = _never
+) -> Choice:
     """Choose a block's payload out of ``candidates`` (oldest first, intrinsically valid).
 
     Within the proposer's limits of transactions and bytes; at least one transaction fits. What does not fit stays a candidate.
+    ``is_time_up`` is asked before each transaction after the first: the caller's clock ends the choice, never its rules.
     """
     limits, draft = state.genesis.block_limits, state.draft(height=height, time_ms=time_ms)
     payload: list[bytes] = []
@@ -69,7 +75,7 @@ def choose(state: State, *, height: int, time_ms: int, candidates: Sequence[byte
     size = 0
     # The first byte is the kind, numbered in the order in which messages refer to each other; the sort keeps arrival order.
     for raw in sorted(dict.fromkeys(candidates), key=lambda transaction: transaction[:1]):
-        if len(payload) >= limits.proposal_transactions:
+        if len(payload) >= limits.proposal_transactions or (payload and is_time_up()):
             break
         if payload and size + len(raw) > limits.proposal_bytes:
             continue
@@ -78,8 +84,7 @@ def choose(state: State, *, height: int, time_ms: int, candidates: Sequence[byte
         except EnvelopeError:
             refused.append(raw)
             continue
-        code = admit(draft, message)
-        if code is not Code.OK or reduce_message(draft, message).code not in _WORTH_A_PLACE:
+        if admit(draft, message) in JUNK or reduce_message(draft, message).code in JUNK:
             refused.append(raw)
             continue
         payload.append(raw)
@@ -99,4 +104,4 @@ def would_admit(state: State, transaction: bytes, now_ms: int) -> SignedMessage 
         message = read_transaction(transaction, accept_unbound_fields=state.genesis.wire.accept_unbound_fields)
     except EnvelopeError:
         return None
-    return message if admit(state.draft(height=0, time_ms=now_ms), message) is Code.OK else None
+    return message if admit(state.draft(height=0, time_ms=now_ms), message) not in JUNK else None

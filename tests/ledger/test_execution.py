@@ -25,28 +25,37 @@ def test_anomaly_comes_before_evidence_before_policy_whatever_the_order_of_arriv
     assert codes(world.apply(*chosen.payload)) == [Code.OK] * 3
 
 
-def test_what_would_only_be_refused_is_left_out_and_given_up() -> None:
+def test_what_anybody_could_fill_blocks_with_is_left_out_and_given_up() -> None:
     world = World()
     used = world.anomaly("solo", "old")
     world.apply(used)
     stale = world.anomaly("solo", "stale", stamp=world.stamp("solo", ts_ms=world.now_ms - 400_000))
     stranger = world.anomaly("mallory", "x")
-    protected = world.policy("solo", "p1", policy("127.0.0.1"))
     garbage = b"\x01garbage"
     good = world.anomaly("solo", "new")
-    chosen = choose(
-        world.state, height=2, time_ms=world.now_ms, candidates=[used, stale, stranger, protected, garbage, good, good]
-    )
+    chosen = choose(world.state, height=2, time_ms=world.now_ms, candidates=[used, stale, stranger, garbage, good, good])
     assert chosen.payload == (good,)
-    assert set(chosen.refused) == {used, stale, stranger, protected, garbage}
+    assert set(chosen.refused) == {used, stale, stranger, garbage}
 
 
-def test_a_policy_that_the_ledger_keeps_is_worth_a_place() -> None:
+def test_what_the_governance_refuses_or_keeps_is_committed_so_that_it_can_be_proved() -> None:
     world = World()
     waiting = world.case("solo", "p1")[2]
     pending = world.case("north-1", "p2")
-    chosen = choose(world.state, height=1, time_ms=world.now_ms, candidates=[waiting, *pending])
-    assert set(chosen.payload) == {waiting, *pending}
+    refused = [world.policy("solo", "p3", policy("127.0.0.1")), world.command("alice", "revoke", policy_id="none")]
+    chosen = choose(world.state, height=1, time_ms=world.now_ms, candidates=[waiting, *pending, *refused])
+    assert set(chosen.payload) == {waiting, *pending, *refused}
+    assert chosen.refused == ()
+    assert {Code.PROTECTED_TARGET, Code.UNKNOWN_POLICY} <= set(codes(world.apply(*chosen.payload)))
+
+
+def test_the_callers_clock_ends_the_choice_but_never_before_the_first() -> None:
+    world = World()
+    sent = [world.anomaly("solo", f"a{i}") for i in range(5)]
+    answers = iter([False, False, True])
+    how = {"height": 1, "time_ms": world.now_ms, "candidates": sent}
+    assert choose(world.state, **how, is_time_up=lambda: next(answers)).payload == tuple(sent[:3])  # type: ignore[arg-type]
+    assert choose(world.state, **how, is_time_up=lambda: True).payload == tuple(sent[:1])  # type: ignore[arg-type]
 
 
 def test_a_proposal_keeps_its_limits_and_always_takes_one() -> None:
