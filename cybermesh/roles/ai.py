@@ -1,0 +1,279 @@
+"""The ai role: telemetry in, signed detections out, and what became of them.
+
+Telemetry is read and scored in a worker thread, one block of packets at a time; a bounded hand-over holds what is waiting to
+be signed and published, and reading waits while it is full. Anomaly, evidence and policy of a detection are published in this
+order under the attacking entity as key. A position is kept only after everything found up to it was published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from cybermesh.bus import Bus, Delivery
+from cybermesh.bus.topics import Topics
+from cybermesh.detect.detector import Detection
+from cybermesh.detect.pipeline import Pipeline
+from cybermesh.envelope import EnvelopeError
+from cybermesh.envelope.nonces import NonceSource
+from cybermesh.envelope.signing import (
+    AnomalyContent,
+    EvidenceContent,
+    PolicyContent,
+    Stamp,
+    sign_anomaly,
+    sign_custody,
+    sign_evidence,
+    sign_policy,
+)
+from cybermesh.genesis import Genesis
+from cybermesh.keys import SigningKey
+from cybermesh.log import logger
+from cybermesh.messages import Transaction, TxKind
+from cybermesh.roles.clock import Clock
+from cybermesh.roles.ring import control_domains, key_ring
+from cybermesh.telemetry.packets import PacketBatch
+from cybermesh.telemetry.sources import Source
+from cybermesh.wire import codec
+from cybermesh.wire.control import open_ack, open_commit
+
+HAND_OVER_MAX = 256
+OPEN_ANOMALIES_MAX = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A detection that is on the bus; ``read_at_s`` is when its decisive packet was read (monotonic).
+
+    ``policy_digest`` identifies the proposed policy's transaction.
+    """
+
+    detection: Detection
+    anomaly_id: str
+    policy_id: str | None
+    policy_digest: bytes | None
+    read_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the role is composed of; ``instance`` names this process in its consumer group."""
+
+    genesis: Genesis
+    key: SigningKey
+    instance: str
+    topics: Topics
+    bus: Bus
+    nonces: NonceSource
+    clock: Clock
+    sources: Sequence[Source]
+    pipeline: Pipeline
+    model_version: str
+    on_published: Callable[[Published], None] = lambda _published: None
+    on_position: Callable[[str, str], None] = lambda _name, _position: None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the role has done since its start; ``feedback`` counts how published anomalies fared."""
+
+    packets: int = 0
+    flows: int = 0
+    anomalies: int = 0
+    policies: int = 0
+    feedback: dict[str, int] = field(
+        default_factory=lambda: {"committed": 0, "rejected": 0, "applied": 0, "failed": 0, "refused": 0}
+    )
+
+
+class AiRole:
+    """One sensor's detector on the bus."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._log = logger(role="ai", instance=parts.instance)
+        self._found: asyncio.Queue[tuple[Detection, float] | None] = asyncio.Queue(HAND_OVER_MAX)
+        self._open: dict[str, None] = {}
+        self._ring = key_ring(parts.genesis)
+        self._domains = control_domains(parts.genesis)
+        self._read = _ReadTimes()
+        self.counts = Counts()
+        self.finished = asyncio.Event()
+
+    async def run(self) -> None:
+        """Read every source to its end, publish, and follow what becomes of it until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow(), name="ai feedback")
+            group.create_task(self._publish_all(), name="ai publish")
+            await self._read_all()
+
+    async def _read_all(self) -> None:
+        for source in self._parts.sources:
+            batches = source.batches()
+            while (step := await asyncio.to_thread(self._score_next, batches)) is not None:
+                for found in step:
+                    await self._found.put(found)
+                await self._found.join()
+                self._parts.on_position(source.name, source.position)
+            self._log.info("source_ended", source=source.name, packets=source.counters.packets, reason=source.counters.ended)
+        for found in await asyncio.to_thread(self._score_rest):
+            await self._found.put(found)
+        await self._found.put(None)
+
+    def _score_next(self, batches: Iterator[PacketBatch]) -> list[tuple[Detection, float]] | None:
+        """Read and score one block in the worker thread; None at the end of the source."""
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        self._read.add(batch, self._parts.clock.monotonic_s())
+        self.counts.packets += len(batch)
+        return self._timed(self._parts.pipeline.feed(batch))
+
+    def _score_rest(self) -> list[tuple[Detection, float]]:
+        return self._timed(self._parts.pipeline.finish())
+
+    def _timed(self, detections: Sequence[Detection]) -> list[tuple[Detection, float]]:
+        self.counts.flows = self._parts.pipeline.flows
+        return [(detection, self._read.when(detection.decisive_us)) for detection in detections]
+
+    async def _publish_all(self) -> None:
+        while (found := await self._found.get()) is not None:
+            await self._publish(*found)
+            self._found.task_done()
+        self._found.task_done()
+        self.finished.set()
+
+    async def _publish(self, detection: Detection, read_at_s: float) -> None:
+        anomaly_id, evidence_id = str(uuid.uuid4()), str(uuid.uuid4())
+        policy_id = str(uuid.uuid4()) if detection.policy is not None else None
+        policy_digest: bytes | None = None
+        reference = bytes.fromhex(detection.evidence_digest)
+        stamp = self._stamp()
+        evidence = EvidenceContent(
+            evidence_id,
+            detection.type,
+            (reference,),
+            {"anomaly_id": anomaly_id, "evidence": detection.evidence},
+            (sign_custody(reference, stamp.ts, self._parts.key),),
+        )
+        await self._send(
+            TxKind.ANOMALY,
+            detection.entity,
+            codec.encode(sign_anomaly(_anomaly(detection, anomaly_id, self._parts.model_version), stamp)),
+        )
+        await self._send(TxKind.EVIDENCE, detection.entity, codec.encode(sign_evidence(evidence, self._stamp())))
+        if policy_id is not None and detection.policy is not None:
+            policy = PolicyContent(
+                policy_id,
+                str(detection.policy["action"]),
+                str(detection.policy["rule_type"]),
+                anomaly_id,
+                evidence_id,
+                {**detection.policy, "policy_id": policy_id},
+            )
+            message = codec.encode(sign_policy(policy, self._stamp()))
+            policy_digest = Transaction(TxKind.POLICY, message).digest
+            await self._send(TxKind.POLICY, detection.entity, message)
+            self.counts.policies += 1
+        self.counts.anomalies += 1
+        self._remember(anomaly_id)
+        self._log.info(
+            "detection_published",
+            anomaly_id=anomaly_id,
+            policy_id=policy_id,
+            type=detection.type,
+            severity=detection.severity,
+            confidence=round(detection.confidence, 3),
+            count=detection.count,
+        )
+        self._parts.on_published(Published(detection, anomaly_id, policy_id, policy_digest, read_at_s))
+
+    def _stamp(self) -> Stamp:
+        now_ms = self._parts.clock.wall_ms()
+        return Stamp(self._parts.key, now_ms // 1000, self._parts.nonces.next(now_ms))
+
+    async def _send(self, kind: TxKind, entity: str, value: bytes) -> None:
+        topic = self._parts.topics.of_kind(kind)
+        if topic:
+            await self._parts.bus.publish(topic, entity.encode(), value)
+
+    def _remember(self, anomaly_id: str) -> None:
+        """Keep the newest anomalies whose fate is open; the oldest leave when there are too many."""
+        self._open[anomaly_id] = None
+        if len(self._open) > OPEN_ANOMALIES_MAX:
+            del self._open[next(iter(self._open))]
+
+    async def _follow(self) -> None:
+        """Count what became of our anomalies; a commit says that a message was valid, not that it was right."""
+        topics = [name for name in (self._parts.topics.control_commits, self._parts.topics.control_policy_ack) if name]
+        group = f"cybermesh-ai-{self._parts.instance}"
+        async with self._parts.bus.subscribe(topics, group) as deliveries:
+            async for delivery in deliveries:
+                self._count_feedback(delivery)
+                await deliveries.ack(delivery)
+
+    def _count_feedback(self, delivery: Delivery) -> None:
+        ring, domains = self._ring, self._domains
+        feedback = self.counts.feedback
+        try:
+            if delivery.topic == self._parts.topics.control_commits:
+                commit = open_commit(delivery.value, ring, domains)
+                for anomaly_id in commit.anomaly_ids:
+                    if anomaly_id in self._open:
+                        del self._open[anomaly_id]
+                        feedback["committed"] += 1
+            else:
+                ack = open_ack(delivery.value, ring, domains)
+                feedback["applied" if ack.result == "applied" else "failed"] += 1
+        except EnvelopeError as error:
+            feedback["refused"] += 1
+            self._log.warning("feedback_refused", topic=delivery.topic, offset=delivery.offset, reason=str(error))
+
+
+class _ReadTimes:
+    """When the packets up to a packet time were read; the newest blocks only, which is all that a verdict can be about."""
+
+    def __init__(self, blocks_max: int = 4096) -> None:
+        self._blocks: deque[tuple[int, float]] = deque(maxlen=blocks_max)
+
+    def add(self, batch: PacketBatch, now_s: float) -> None:
+        if len(batch):
+            newest_us = int(batch.ts_us.max())
+            previous_us = self._blocks[-1][0] if self._blocks else newest_us
+            self._blocks.append((max(newest_us, previous_us), now_s))
+
+    def when(self, packet_us: int) -> float:
+        """Return when the block that holds this packet time was read."""
+        found = self._blocks[-1][1] if self._blocks else 0.0
+        for newest_us, read_s in reversed(self._blocks):
+            if newest_us < packet_us:
+                break
+            found = read_s
+        return found
+
+
+def _anomaly(detection: Detection, anomaly_id: str, model_version: str) -> AnomalyContent:
+    """Return what the anomaly says; the source is the attacking entity, details are what people want to see first."""
+    return AnomalyContent(
+        id=anomaly_id,
+        type=detection.type,
+        source=detection.entity,
+        entity=detection.entity,
+        severity=detection.severity,
+        confidence=detection.confidence,
+        model_version=model_version,
+        details={
+            "victim": detection.victim,
+            "port": detection.port,
+            "first_us": detection.first_us,
+            "last_us": detection.last_us,
+            "count": detection.count,
+            "votes": dict(detection.votes),
+            "explanation": detection.explanation,
+            "alert_id": detection.alert_id,
+            "revision": detection.revision,
+        },
+    )

@@ -1,0 +1,43 @@
+"""Composes the detector: rules, statistics and the classifier over one meter and one set of windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cybermesh.detect.engines import Engine
+from cybermesh.detect.engines.classifier import open_classifier
+from cybermesh.detect.engines.rule_file import load, shipped_paths
+from cybermesh.detect.modelfile import ModelError
+from cybermesh.detect.pipeline import Pipeline, build
+from cybermesh.telemetry.features import NAMES
+from cybermesh.telemetry.meter import FlowMeter
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDetector:
+    """A detector, the version its anomalies carry, and why it has no classifier (empty when it has one)."""
+
+    pipeline: Pipeline
+    version: str
+    without_classifier: str
+
+
+def open_detector(rules_dir: Path | None = None, model_dir: Path | None = None) -> OpenDetector:
+    """Return a detector with the rules and the model of these directories, or with those shipped.
+
+    Raises:
+        RuleError: A rule file is not usable.
+        ModelError: ``model_dir`` was named and its model is refused; the shipped one may be missing.
+    """
+    rules = load(shipped_paths() if rules_dir is None else sorted((*rules_dir.glob("*.yaml"), *rules_dir.glob("*.yml"))), NAMES)
+    engines: list[Engine] = []
+    reason = ""
+    try:
+        engines.append(open_classifier() if model_dir is None else open_classifier(model_dir))
+    except ModelError as error:
+        if model_dir is not None:
+            raise
+        reason = str(error)
+    pipeline = build(rules, meter=FlowMeter(), flow_names=NAMES, more_engines=engines)
+    return OpenDetector(pipeline, f"rules-{rules.digest[:12]}", reason)

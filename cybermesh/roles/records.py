@@ -1,0 +1,219 @@
+"""From a commit of consensus to what the validator stores and publishes, in one value per block.
+
+A block that was committed together with later ones is proven by the headers up to the last of them and the certificate that
+committed it; the store keeps that certificate with the last block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cybermesh import proof
+from cybermesh.bus.topics import Topics
+from cybermesh.consensus import codec as consensus_codec
+from cybermesh.consensus.committee import quorum
+from cybermesh.consensus.events import Commit as ConsensusCommit
+from cybermesh.consensus.types import Block, Header, QuorumCert
+from cybermesh.genesis import Genesis
+from cybermesh.keys import SigningKey
+from cybermesh.ledger.receipts import AnomalyEffect, Code, Receipt
+from cybermesh.ledger.state import Applied, State
+from cybermesh.messages import Commit, Evidence, Rejected, Transaction, TxKind, tx_digest
+from cybermesh.roles.ring import control_domains
+from cybermesh.store.records import (
+    CommittedBlock,
+    OutboxEvent,
+    StoredBlock,
+    StoredDecision,
+    StoredEvidence,
+    StoredReceipt,
+    StoredTransaction,
+)
+from cybermesh.wire import codec
+from cybermesh.wire.admission import read_transaction, split_transaction
+from cybermesh.wire.control import seal
+
+COMMIT_EVENT, DECISION_EVENT = "commit", "decision"
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """On whose behalf records are made: the genesis, the publishing key, and the topics."""
+
+    genesis: Genesis
+    key: SigningKey
+    topics: Topics
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What the store keeps beside a block: this node's clock, and a copy of the last voted round."""
+
+    now_ms: int
+    last_voted_round: int
+
+
+def of_commit(commit: ConsensusCommit[State], author: Author, moment: Moment) -> list[CommittedBlock]:
+    """Return the records of every block of a commit, oldest first."""
+    headers = [entry.block.header for entry in commit.blocks]
+    records = []
+    for position, entry in enumerate(commit.blocks):
+        applied = entry.execution.outcome
+        assert isinstance(applied, Applied)
+        is_last = position == len(commit.blocks) - 1
+        certificate = consensus_codec.encode_quorum_cert(commit.certificate) if is_last else b""
+        evidence = _Evidence(headers[position:], commit.certificate)
+        records.append(_of_block(entry.block, applied, certificate, evidence, author, moment))
+    return records
+
+
+@dataclass(frozen=True, slots=True)
+class _Evidence:
+    """What proves a block: its header, those after it, and the certificate of the commit."""
+
+    headers: Sequence[Header]
+    certificate: QuorumCert
+
+    def prove(self, applied: Applied, position: int, members: int) -> bytes:
+        return proof.prove(self.headers, self.certificate, proof.included(applied, position), quorum(members))
+
+
+def _of_block(
+    block: Block, applied: Applied, certificate: bytes, evidence: _Evidence, author: Author, moment: Moment
+) -> CommittedBlock:
+    header, first_leaf = block.header, applied.log_before.size
+    transactions = [split_transaction(raw) for raw in block.payload]
+    frame = consensus_codec.encode_block(dataclasses.replace(block, payload=()))
+    return CommittedBlock(
+        block=StoredBlock(
+            height=header.height,
+            hash=header.hash,
+            epoch=header.epoch,
+            round=header.round,
+            time_ms=header.time_ms,
+            author=header.author,
+            header=header.encode(),
+            frame=frame,
+            state_root=header.state_root,
+            decision_seq=header.decision_seq,
+            transaction_count=len(block.payload),
+            first_leaf=first_leaf,
+            receipt_count=len(applied.receipts),
+            last_voted_round=moment.last_voted_round,
+            committed_ms=moment.now_ms,
+        ),
+        certificate=certificate,
+        transactions=tuple(
+            StoredTransaction(header.height, position, tx_digest(raw), raw) for position, raw in enumerate(block.payload)
+        ),
+        receipts=tuple(_stored_receipt(receipt, first_leaf + index) for index, receipt in enumerate(applied.receipts)),
+        decisions=tuple(
+            decision
+            for index, receipt in enumerate(applied.receipts)
+            for decision in _stored_decisions(receipt, first_leaf + index, applied)
+        ),
+        evidence=tuple(_bodies(transactions, header, author.genesis)),
+        outbox=_outbox(header, transactions, applied, evidence, author),
+        mempool_done=tuple(tx_digest(raw) for raw in block.payload),
+    )
+
+
+def _stored_receipt(receipt: Receipt, leaf: int) -> StoredReceipt:
+    return StoredReceipt(leaf, receipt.height, receipt.kind.value, receipt.id, receipt.code.value, receipt.encode())
+
+
+def _stored_decisions(receipt: Receipt, leaf: int, applied: Applied) -> list[StoredDecision]:
+    return [
+        StoredDecision(
+            decision_seq=effect.decision_seq,
+            height=receipt.height,
+            leaf=leaf,
+            policy_id=effect.policy_id,
+            request_id=effect.request_id,
+            change=effect.change.value,
+            action=effect.action,
+            rule_type=effect.rule_type,
+            rule_data=applied.rules[effect.decision_seq],
+            rule_hash=effect.rule_hash,
+            opened_at_ms=effect.opened_at_ms,
+            expires_at_ms=effect.expires_at_ms,
+            why=effect.why.value,
+            ending=effect.ending.value,
+            reporters=tuple(key.hex() for key in effect.reporters),
+            approvers=tuple(key.hex() for key in effect.approvers),
+        )
+        for effect in receipt.decisions
+    ]
+
+
+def _bodies(transactions: Sequence[Transaction], header: Header, genesis: Genesis) -> list[StoredEvidence]:
+    """Return the bodies of the evidence in a block; the ledger's state knows only their hashes."""
+    found = []
+    for transaction in transactions:
+        if transaction.kind is TxKind.EVIDENCE:
+            message = read_transaction(transaction.encode(), accept_unbound_fields=genesis.wire.accept_unbound_fields)
+            assert isinstance(message, Evidence)
+            found.append(
+                StoredEvidence(message.content_hash, message.id, message.producer_id, header.height, message.proof_blob)
+            )
+    return found
+
+
+def _outbox(
+    header: Header, transactions: Sequence[Transaction], applied: Applied, evidence: _Evidence, author: Author
+) -> tuple[OutboxEvent, ...]:
+    """Return what a block has published: one commit event if it did anything, and one update per decision effect."""
+    if not applied.receipts:
+        return ()
+    domains = control_domains(author.genesis)
+    commit = codec.encode(seal(_commit_event(header, transactions, applied, evidence), author.key, domains))
+    events = [OutboxEvent(COMMIT_EVENT, header.height, author.topics.control_commits, str(header.height).encode(), commit)]
+    for position, receipt in enumerate(applied.receipts):
+        if not receipt.decisions:
+            continue
+        proven = evidence.prove(applied, position, len(author.genesis.validators))
+        for effect in receipt.decisions:
+            update = proof.update_of(header, effect, applied.rules[effect.decision_seq], proven)
+            sealed = codec.encode(seal(update, author.key, domains))
+            key = effect.policy_id.encode()
+            events.append(OutboxEvent(DECISION_EVENT, effect.decision_seq, author.topics.control_policy, key, sealed))
+    return tuple(events)
+
+
+def _commit_event(header: Header, transactions: Sequence[Transaction], applied: Applied, evidence: _Evidence) -> Commit:
+    kinds = Counter(transaction.kind for transaction in transactions)
+    anomalies = [effect.id for receipt in applied.receipts for effect in receipt.effects if isinstance(effect, AnomalyEffect)]
+    return Commit(
+        height=header.height,
+        block_hash=header.hash,
+        state_root=header.state_root,
+        tx_count=len(transactions),
+        anomaly_count=kinds[TxKind.ANOMALY],
+        evidence_count=kinds[TxKind.EVIDENCE],
+        policy_count=kinds[TxKind.POLICY],
+        timestamp=header.time_ms // 1000,
+        producer_id=b"",
+        signature=b"",
+        pubkey=b"",
+        anomaly_ids=tuple(anomalies),
+        rejected=tuple(
+            Rejected(bytes.fromhex(receipt.id), receipt.code.value)
+            for receipt in applied.receipts
+            if not receipt.is_system and receipt.code is not Code.OK
+        ),
+        proof=_commit_proof(evidence),
+    )
+
+
+def _commit_proof(evidence: _Evidence) -> bytes:
+    """Return what shows that a quorum committed the block: the headers from it on and the certificate, canonical JSON."""
+    certificate = evidence.certificate
+    body = {
+        "headers": [header.encode().hex() for header in evidence.headers],
+        "certificate": consensus_codec.encode_quorum_cert(certificate).hex(),
+    }
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
