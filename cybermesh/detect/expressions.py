@@ -138,9 +138,12 @@ class _Compiler:
 
     def _logic(self, conjunction: bool, steps: list[_Step]) -> _Step:
         def run(columns: Columns) -> Column:
-            truth = [step(columns) != 0 for step in steps]
-            joined = truth[0]
-            for more in truth[1:]:
+            joined = steps[0](columns) != 0
+            for step in steps[1:]:
+                # Most conditions fail on their first comparison for every row, so the rest need not be looked at.
+                if conjunction and not joined.any():
+                    break
+                more = step(columns) != 0
                 joined = joined & more if conjunction else joined | more
             return np.asarray(joined, np.float64)
 

@@ -103,7 +103,7 @@ def _items(
             )
         counted = weights[:, 1] > 0
         if name == "ports":
-            counted &= cell | np.isin(value_of[:, 2], (_TCP, _UDP))
+            counted &= cell | (value_of[:, 2] == _TCP) | (value_of[:, 2] == _UDP)
         cells = np.minimum(np.bincount(row[counted & cell], minlength=len(slots)), SKETCH_CELLS - 1)
         sketched = np.round(-SKETCH_CELLS * np.log1p(-cells / SKETCH_CELLS))
         values[:, COLUMN[name]] = np.bincount(row[counted & exact], minlength=len(slots)) + sketched

@@ -87,13 +87,13 @@ def test_rules_are_listed_tested_and_explained(capsys: pytest.CaptureFixture[str
     assert call("rules", "test") == 0
     assert "0 failed" in capsys.readouterr().err
     assert call("rules", "explain", "brute-ssh") == 0
-    assert "short_sessions >= 6" in capsys.readouterr().out
+    assert "short_sessions >= 5" in capsys.readouterr().out
     assert call("rules", "explain", "brute-shh") == 2
     assert "did you mean brute-ssh?" in capsys.readouterr().err
 
 
 def test_a_rule_whose_example_does_not_hold_fails_the_test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shipped = (ROOT / "cybermesh" / "data" / "rules" / "brute_force.yaml").read_text()
-    (tmp_path / "rules.yaml").write_text(shipped.replace("short_sessions >= 6 ", "short_sessions >= 600 ", 1))
+    (tmp_path / "rules.yaml").write_text(shipped.replace("short_sessions >= 5 ", "short_sessions >= 500 ", 1))
     assert call("rules", "test", "--rules", str(tmp_path)) == 1
     assert "brute-ssh: 'a guesser'" in capsys.readouterr().err
