@@ -22,6 +22,7 @@ from cybermesh.telemetry.counters import Counters
 from cybermesh.telemetry.sources import DEFAULT_BLOCK, Source, SourceError
 
 RETAINED_FLOWS = 65_536  # below, every flow is kept to the end of the input, so that no disorder matters; about 50 MB
+_SLICE = 4096  # flows formatted at once
 
 
 class FlowFormat(StrEnum):
@@ -139,16 +140,16 @@ def run_flows(inputs: list[str], sink: BinaryIO, form: FlowFormat, columns: Flow
             for batch in source.batches():
                 finished = meter.add(batch)
                 totals.flows += len(finished)
-                sink.write(write(finished))
+                sink.writelines(write(finished.take(slice(at, at + _SLICE))) for at in range(0, len(finished), _SLICE))
                 progress.update(source, totals.packets + source.counters.packets)
             progress.clear()
             _explain(source.name, source.counters)
             totals.packets += source.counters.packets
             totals.metered += source.counters.metered
-    rest = meter.flush()
-    totals.flows += len(rest)
+    for rest in meter.drain(_SLICE):
+        totals.flows += len(rest)
+        sink.write(write(rest))
     totals.evicted = meter.evicted
-    sink.write(write(rest))
     return totals
 
 

@@ -8,6 +8,7 @@ an error.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +94,14 @@ class Headers:
         return Headers(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
+class _Extent(NamedTuple):
+    """Where each packet begins, where its captured bytes end, and where it would end on the wire."""
+
+    at: I64
+    cap_end: I64
+    wire_end: I64
+
+
 def decode_ip(data: U8, at: I64, cap_end: I64, wire_end: I64, version: I64) -> tuple[Headers, npt.NDArray[np.bool_]]:
     """Decode the packets that begin at ``at``.
 
@@ -108,19 +117,19 @@ def decode_ip(data: U8, at: I64, cap_end: I64, wire_end: I64, version: I64) -> t
     """
     headers = Headers.blank(len(at))
     sound = np.zeros(len(at), np.bool_)
+    extent = _Extent(at, cap_end, wire_end)
     readable = np.flatnonzero((version >= ANY) & (cap_end - at >= _IPV4_HEADER.itemsize))
     found = (data[at[readable]] >> 4).astype(np.int64)
     fits = (version[readable] == ANY) | (version[readable] == found)
-    _decode_v4(data, readable[fits & (found == V4)], at, cap_end, wire_end, headers, sound)
-    _decode_v6(data, readable[fits & (found == V6)], at, cap_end, wire_end, headers, sound)
+    _decode_v4(data, readable[fits & (found == V4)], extent, headers, sound)
+    _decode_v6(data, readable[fits & (found == V6)], extent, headers, sound)
     _decode_transport(data, headers, sound)
     return headers, sound
 
 
-def _decode_v4(
-    data: U8, rows: I64, at: I64, cap_end: I64, wire_end: I64, headers: Headers, sound: npt.NDArray[np.bool_]
-) -> None:
-    start, left = at[rows], wire_end[rows] - at[rows]
+def _decode_v4(data: U8, rows: I64, extent: _Extent, headers: Headers, sound: npt.NDArray[np.bool_]) -> None:
+    start = extent.at[rows]
+    left = extent.wire_end[rows] - start
     fixed = gather(data, start, _IPV4_HEADER)
     ihl = (fixed["version_ihl"] & 15).astype(np.int64) * 4
     total = fixed["total"].astype(np.int64)
@@ -136,15 +145,14 @@ def _decode_v4(
     headers.part[rows] = np.where(offset != 0, LATER, np.where(more != 0, FIRST, WHOLE))
     headers.at[rows] = start + ihl
     headers.length[rows] = total - ihl
-    headers.captured[rows] = np.clip(np.minimum(cap_end[rows], start + total) - start - ihl, 0, None)
+    headers.captured[rows] = np.clip(np.minimum(extent.cap_end[rows], start + total) - start - ihl, 0, None)
 
 
-def _decode_v6(
-    data: U8, rows: I64, at: I64, cap_end: I64, wire_end: I64, headers: Headers, sound: npt.NDArray[np.bool_]
-) -> None:
+def _decode_v6(data: U8, rows: I64, extent: _Extent, headers: Headers, sound: npt.NDArray[np.bool_]) -> None:
     size = _IPV6_HEADER.itemsize
-    rows = rows[cap_end[rows] - at[rows] >= size]
-    start, left = at[rows], wire_end[rows] - at[rows] - size
+    rows = rows[extent.cap_end[rows] - extent.at[rows] >= size]
+    start = extent.at[rows]
+    left = extent.wire_end[rows] - start - size
     fixed = gather(data, start, _IPV6_HEADER)
     payload = fixed["payload"].astype(np.int64)
     payload = np.where((payload == 0) | (payload > left), left, payload)
@@ -155,7 +163,7 @@ def _decode_v6(
     headers.proto[rows] = fixed["next"]
     headers.at[rows] = start + size
     headers.length[rows] = payload
-    headers.captured[rows] = np.minimum(cap_end[rows] - start - size, payload)
+    headers.captured[rows] = np.minimum(extent.cap_end[rows] - start - size, payload)
     _walk_extensions(data, rows[_EXTENSION[fixed["next"]]], headers)
 
 

@@ -6,6 +6,8 @@ deviations (below), never as the difference of two large floats. No value: 0.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,6 +20,16 @@ F64 = npt.NDArray[np.float64]
 
 _PROTOCOL = np.zeros(256, np.int64)
 _PROTOCOL[[TCP, UDP, ICMP]] = (6, 17, 1)
+
+
+class _Sample(NamedTuple):
+    """What is known of some values of each flow."""
+
+    number: I64
+    total: I64
+    squares: I64  # sum of the squares
+    high: I64
+    low: I64
 
 
 def compute_features(
@@ -55,7 +67,8 @@ def _whole_flow(out: dict[str, F64], state: I64, forward: I64, backward: I64) ->
     out["flow_pkts_s"][:] = _per_second(packets, duration)
     out["fwd_pkts_s"][:] = _per_second(forward[Side.N], duration)
     out["bwd_pkts_s"][:] = _per_second(backward[Side.N], duration)
-    _spread(out, "flow_iat", packets - 1, duration, state[Flow.IAT_SQ], state[Flow.IAT_MAX], state[Flow.IAT_MIN])
+    gaps = _Sample(packets - 1, duration, state[Flow.IAT_SQ], state[Flow.IAT_MAX], state[Flow.IAT_MIN])
+    _spread(out, "flow_iat", gaps)
     out["pkt_len_max"][:] = np.maximum(forward[Side.LEN_MAX], backward[Side.LEN_MAX])
     out["pkt_len_min"][:] = _minimum(np.minimum(forward[Side.LEN_MIN], backward[Side.LEN_MIN]))
     out["pkt_len_mean"][:] = out["pkt_size_avg"][:] = _ratio(payload, packets)
@@ -84,7 +97,8 @@ def _direction(out: dict[str, F64], side: str, columns: I64, parts: I64) -> None
     out[f"{side}_pkt_len_std"][:] = np.sqrt(_variance(packets, payload, columns[Side.SQ_LOW], columns[Side.SQ_HIGH]))
     total = columns[Side.LAST] - columns[Side.FIRST]
     out[f"{side}_iat_tot"][:] = total
-    _spread(out, f"{side}_iat", packets - 1, total, columns[Side.IAT_SQ], columns[Side.IAT_MAX], columns[Side.IAT_MIN])
+    gaps = _Sample(packets - 1, total, columns[Side.IAT_SQ], columns[Side.IAT_MAX], columns[Side.IAT_MIN])
+    _spread(out, f"{side}_iat", gaps)
     out[f"{side}_header_len"][:] = columns[Side.HEADER]
     out[f"init_{side}_win_byts"][:] = columns[Side.WINDOW]
     out[f"subflow_{side}_pkts"][:] = _ratio(packets, parts)
@@ -96,8 +110,7 @@ def _direction(out: dict[str, F64], side: str, columns: I64, parts: I64) -> None
 
 def _active_idle(out: dict[str, F64], state: I64) -> None:
     for name in ("ACTIVE", "IDLE"):
-        count, total, squares, high, low = (state[Flow[f"{name}_{part}"]] for part in ("N", "SUM", "SQ", "MAX", "MIN"))
-        _spread(out, name.lower(), count, total, squares, high, low)
+        _spread(out, name.lower(), _Sample(*(state[Flow[f"{name}_{part}"]] for part in ("N", "SUM", "SQ", "MAX", "MIN"))))
 
 
 def _close_runs(state: I64, forward: I64, backward: I64) -> None:
@@ -111,13 +124,13 @@ def _close_runs(state: I64, forward: I64, backward: I64) -> None:
         columns[Side.BULK_US] += np.where(ours, state[Flow.RUN_LAST] - state[Flow.RUN_FIRST], 0)
 
 
-def _spread(out: dict[str, F64], name: str, count: I64, total: I64, squares: I64, high: I64, low: I64) -> None:
-    """Fill mean, standard deviation, maximum and minimum of ``count`` values (0 or fewer: no value)."""
-    count = np.maximum(count, 0)
-    out[f"{name}_mean"][:] = _ratio(total, count)
-    out[f"{name}_std"][:] = np.sqrt(_variance(count, total, squares, np.zeros_like(squares)))
-    out[f"{name}_max"][:] = high
-    out[f"{name}_min"][:] = _minimum(low)
+def _spread(out: dict[str, F64], name: str, sample: _Sample) -> None:
+    """Fill mean, standard deviation, maximum and minimum of a sample (``number`` of 0 or less: no value)."""
+    count = np.maximum(sample.number, 0)
+    out[f"{name}_mean"][:] = _ratio(sample.total, count)
+    out[f"{name}_std"][:] = np.sqrt(_variance(count, sample.total, sample.squares, np.zeros_like(sample.squares)))
+    out[f"{name}_max"][:] = sample.high
+    out[f"{name}_min"][:] = _minimum(sample.low)
 
 
 def _minimum(column: I64) -> I64:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,11 @@ class FlowBatch:
 
     def __len__(self) -> int:
         return len(self.start_us)
+
+    def take(self, rows: npt.NDArray[np.intp] | slice) -> FlowBatch:
+        """Return the flows chosen by an index array or a slice."""
+        columns = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "known"}
+        return FlowBatch(**columns, known=self.known)
 
     @property
     def single_packet(self) -> npt.NDArray[np.bool_]:

@@ -14,15 +14,18 @@ does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
+from cybermesh.telemetry.features import NAMES
 from cybermesh.telemetry.features_compute import compute_features
 from cybermesh.telemetry.flows import EndReason, FlowBatch
 from cybermesh.telemetry.meter_clock import Watermark
 from cybermesh.telemetry.meter_group import KEY_WORDS, U64, Groups, group_packets
 from cybermesh.telemetry.meter_split import Carried, find_beginnings
-from cybermesh.telemetry.meter_state import BACKWARD, CUT_US, FORWARD, MINIMA, NOTHING, WIDTH, Flow, Side
+from cybermesh.telemetry.meter_state import CUT_US, MINIMA, NOTHING, WIDTH, Flow
 from cybermesh.telemetry.meter_table import FlowTable
 from cybermesh.telemetry.meter_update import Stretches, update_flows
 from cybermesh.telemetry.packets import ACK, SYN, PacketBatch
@@ -30,9 +33,10 @@ from cybermesh.telemetry.packets import ACK, SYN, PacketBatch
 I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-DEFAULT_MAX_FLOWS = 200_000
+DEFAULT_MAX_FLOWS = 131_072
 SLACK_US = 10_000_000  # packets this late still find their flow
-_PIECE = 65_536  # packets worked on at once; a longer batch is cut, so that memory stays bounded
+_CHUNK = 1024  # flows turned or computed at once; their states fit the processor's second-level cache
+_PIECE = 32_768  # packets worked on at once; a longer batch is cut, so that memory stays bounded
 
 
 class FlowMeter:
@@ -59,7 +63,7 @@ class FlowMeter:
         self._clock = Watermark()
         self._steps_back = 0
         self._serial = 0
-        self._finished: list[tuple[I64, U64, npt.NDArray[np.uint8]]] = []
+        self._finished: list[tuple[I64, U64, npt.NDArray[np.uint8]]] = []  # states (a row each), keys, reasons
 
     def __len__(self) -> int:
         """Return the number of open flows."""
@@ -75,10 +79,20 @@ class FlowMeter:
 
     def flush(self) -> FlowBatch:
         """Return all open flows and forget them; the end of the input."""
-        rows = self._table.live()
-        late = self._table.deadline_us[rows] < (self._clock.now_us or 0)
-        self._emit_rows(rows, np.where(late, EndReason.WATERMARK, EndReason.CAPTURE_END))
-        return self._collect()
+        (flows,) = self.drain(max(len(self._table), 1))
+        return flows
+
+    def drain(self, limit: int) -> Iterator[FlowBatch]:
+        """Do what ``flush`` does in batches of at most ``limit`` flows, at least one; take them all before the next ``add``."""
+        table = self._table
+        rows = table.live()
+        rows = rows[np.argsort(table.state[rows, Flow.SERIAL])]
+        late = table.deadline_us[rows] < (self._clock.now_us or 0)
+        reasons = _reasons(table.state[rows, Flow.ENDED], np.where(late, EndReason.WATERMARK, EndReason.CAPTURE_END))
+        table.release(rows)
+        for start in range(0, max(len(rows), 1), limit):
+            part = slice(start, start + limit)
+            yield build_flows(table.state, table.words, rows[part], reasons[part])
 
     def _add_block(self, batch: PacketBatch) -> None:
         groups = group_packets(batch)
@@ -88,7 +102,7 @@ class FlowMeter:
         carried = self._carried(rows)
         begins = find_beginnings(groups.starts, ts_us, side, flags, carried)
         replaced = rows[carried.known & begins[groups.starts]]
-        self._emit(table.state[replaced].T, table.words[replaced], EndReason.CUT)
+        self._emit(table.state[replaced], table.words[replaced], EndReason.CUT)
 
         of_group = np.zeros(len(order), np.int64)
         of_group[groups.starts] = 1
@@ -96,7 +110,8 @@ class FlowMeter:
         group = np.cumsum(of_group)[starts] - 1
         is_new = begins[starts]
         state = np.zeros((WIDTH, len(starts)), np.int64)
-        state[:, ~is_new] = table.state[rows[group[~is_new]]].T
+        going_on = np.flatnonzero(~is_new)
+        state[:, going_on] = _turned(table.state[rows[group[going_on]]])
         packets = Stretches(
             starts, ts_us, side, batch.payload[order], batch.header[order].astype(np.int64), flags, batch.window[order]
         )
@@ -104,7 +119,7 @@ class FlowMeter:
         update_flows(state, packets)
 
         is_last = np.append(group[1:] != group[:-1], True)
-        self._emit(state[:, ~is_last], groups.words[group[~is_last]], EndReason.CUT)
+        self._emit(_turned(state[:, ~is_last]), groups.words[group[~is_last]], EndReason.CUT)
         ends = np.append(starts[1:], len(order))
         last = np.flatnonzero(is_last)
         self._store(groups, rows, state[:, last], is_new[last], marks[order[starts[last]]], order[ends[last] - 1])
@@ -144,7 +159,7 @@ class FlowMeter:
         unknown = rows < 0
         rows = rows.copy()
         rows[unknown] = table.claim(groups.words[unknown])
-        table.state[rows] = state.T
+        table.state[rows] = _turned(state)
         table.seen[rows] = self._serial + last
         # A flow that was late when it began is as old as the watermark, or it would be gone at once.
         deadline = np.maximum(state[Flow.START], mark) + (CUT_US + SLACK_US)
@@ -171,45 +186,49 @@ class FlowMeter:
         self.evicted += excess
         self._emit_rows(oldest, EndReason.EVICTED)
 
-    def _emit_rows(self, rows: I64, reason: int | I64) -> None:
+    def _emit_rows(self, rows: I64, reason: EndReason) -> None:
         self._table.release(rows)
-        self._emit(self._table.state[rows].T, self._table.words[rows], reason)
+        self._emit(self._table.state[rows], self._table.words[rows], reason)
 
-    def _emit(self, state: I64, words: U64, reason: int | I64) -> None:
-        """Set flows aside for the next return; a connection that had ended says so whatever made it leave."""
+    def _emit(self, state: I64, words: U64, reason: EndReason) -> None:
+        """Set flows aside for the next return."""
         if len(words):
-            reasons = np.where(state[Flow.ENDED] == 1, EndReason.TCP_END, reason).astype(np.uint8)
-            self._finished.append((state, words, reasons))
+            self._finished.append((state, words, _reasons(state[:, Flow.ENDED], reason)))
 
     def _collect(self) -> FlowBatch:
         """Return what was set aside, in order of first packets."""
-        nothing = (np.empty((WIDTH, 0), np.int64), np.empty((0, KEY_WORDS), np.uint64), np.empty(0, np.uint8))
+        nothing = (np.empty((0, WIDTH), np.int64), np.empty((0, KEY_WORDS), np.uint64), np.empty(0, np.uint8))
         parts, self._finished = self._finished or [nothing], []
-        state = np.concatenate([part[0] for part in parts], axis=1)
-        order = np.argsort(state[Flow.SERIAL], kind="stable")
-        words = np.concatenate([part[1] for part in parts])[order]
-        return build_flows(state[:, order], words, np.concatenate([part[2] for part in parts])[order])
+        state, words, reasons = (np.concatenate([part[n] for part in parts]) for n in range(3))
+        order = np.argsort(state[:, Flow.SERIAL])
+        return build_flows(state, words, order, reasons[order])
 
 
-def build_flows(state: I64, words: U64, reasons: npt.NDArray[np.uint8]) -> FlowBatch:
-    """Make a batch of flows.
+def build_flows(states: I64, keys: U64, rows: I64, reasons: npt.NDArray[np.uint8]) -> FlowBatch:
+    """Make a batch of the flows ``rows``.
 
     Args:
-        state: int64[WIDTH, n], the flows' states.
-        words: uint64[n, KEY_WORDS], their keys.
-        reasons: Why each was emitted.
+        states: int64[…, WIDTH], a row for each flow.
+        keys: uint64[…, KEY_WORDS], likewise.
+        rows: Which of them, in the batch's order.
+        reasons: Why each of these was emitted.
     """
-    assert ((state[FORWARD + Side.N] + state[BACKWARD + Side.N]) > 0).all()
-    turned = state[Flow.FORWARD_SIDE] == 1
+    words = keys[rows]
+    start_us, latest = states[rows, Flow.START], states[rows, Flow.LATEST]
+    turned = states[rows, Flow.FORWARD_SIDE] == 1
     low, high = words[:, 0:2], words[:, 2:4]
     packed = words[:, 4]
     what: npt.NDArray[np.uint8] = (packed >> np.uint64(16)).astype(np.uint8)
     ports = (packed >> np.uint64(48)).astype(np.uint16), (packed >> np.uint64(32)).astype(np.uint16)
     sport, dport = np.where(turned, ports[1], ports[0]), np.where(turned, ports[0], ports[1])
     klass = what >> np.uint8(4)
+    features = np.empty((len(rows), len(NAMES)))
+    for start in range(0, len(rows), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        features[part] = compute_features(_turned(states[rows[part]]), sport[part], dport[part], klass[part])
     return FlowBatch(
-        start_us=state[Flow.START].copy(),
-        end_us=state[Flow.START] + state[Flow.LATEST],
+        start_us=start_us,
+        end_us=start_us + latest,
         src=_address(np.where(turned[:, None], high, low)),
         dst=_address(np.where(turned[:, None], low, high)),
         family=what & np.uint8(15),
@@ -220,9 +239,26 @@ def build_flows(state: I64, words: U64, reasons: npt.NDArray[np.uint8]) -> FlowB
         icmp_type=(packed >> np.uint64(8)).astype(np.uint8),
         icmp_code=packed.astype(np.uint8),
         end_reason=reasons,
-        features=compute_features(state, sport, dport, klass),
-        known=np.ones(79, np.bool_),
+        features=features,
+        known=np.ones(len(NAMES), np.bool_),
     )
+
+
+def _turned(table: I64) -> I64:
+    """Return a transposed copy, made in pieces that stay in the processor's cache."""
+    result = np.empty((table.shape[1], table.shape[0]), np.int64)
+    if table.shape[0] > table.shape[1]:
+        for start in range(0, table.shape[0], _CHUNK):
+            result[:, start : start + _CHUNK] = table[start : start + _CHUNK].T
+    else:
+        for start in range(0, table.shape[1], _CHUNK):
+            result[start : start + _CHUNK] = table[:, start : start + _CHUNK].T
+    return result
+
+
+def _reasons(ended: I64, reason: EndReason | I64) -> npt.NDArray[np.uint8]:
+    """Return the end reasons: a connection that had ended says so whatever made it leave."""
+    return np.where(ended == 1, EndReason.TCP_END, reason).astype(np.uint8)
 
 
 def _address(words: U64) -> npt.NDArray[np.uint8]:

@@ -287,6 +287,16 @@ def test_flow_ids_are_of_the_flow_not_of_the_run() -> None:
     assert len(set(whole)) == 40
 
 
+def test_draining_gives_the_flows_of_a_flush_in_parts() -> None:
+    sequence = [tcp(n, ACK, sport=1000 + n % 10) for n in range(40)]
+    meter = FlowMeter()
+    meter.add(to_batch(sequence))
+    parts = list(meter.drain(4))
+    assert [len(flows) for flows in parts] == [4, 4, 2]
+    assert of_meter(parts) == of_meter(metered([to_batch(sequence)]))
+    assert len(meter) == 0
+
+
 def test_an_empty_meter_gives_empty_batches() -> None:
     flows = FlowMeter().flush()
     assert len(flows) == 0
