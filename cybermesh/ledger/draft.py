@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 import immutables
 
 from cybermesh.genesis import Genesis
-from cybermesh.ledger.index import UNBLOCKABLE_SPANS, Index, Subject, Tally, spans_of
+from cybermesh.ledger.index import ENTITY, UNBLOCKABLE_SPANS, VICTIM, Index, Subject, Tally, spans_of
 from cybermesh.ledger.records import (
     AnomalyRecord,
     DecisionRecord,
@@ -156,11 +156,11 @@ class Draft:
         producer = key[:KEY_BYTES]
         self.anomalies.put(key, record)
         self._count(producer, "references", 1)
-        subject = (record.type, record.entity)
-        reports = self._reports.get(subject, immutables.Map())
-        known = reports.get(producer)
-        if known is None or known.seq < record.seq:
-            self._reports[subject] = reports.set(producer, record)
+        for subject in subjects_of(record):
+            reports = self._reports.get(subject, immutables.Map())
+            known = reports.get(producer)
+            if known is None or known.seq < record.seq:
+                self._reports[subject] = reports.set(producer, record)
         # Of equal times the oldest goes first, so that the report that counts is the last to go.
         place = record.seq.to_bytes(SEQ_BYTES, "big") + key
         self.forget = self.forget.added(Due(record.admitted_ms + self.references_kept_ms, FORGET_ANOMALY, place))
@@ -172,14 +172,14 @@ class Draft:
         producer = key[:KEY_BYTES]
         self.anomalies.drop(key)
         self._count(producer, "references", -1)
-        subject = (record.type, record.entity)
-        reports = self._reports[subject]
-        if reports[producer].seq == record.seq:
-            reports = reports.delete(producer)
-            if reports:
-                self._reports[subject] = reports
-            else:
-                del self._reports[subject]
+        for subject in subjects_of(record):
+            reports = self._reports[subject]
+            if reports[producer].seq == record.seq:
+                reports = reports.delete(producer)
+                if reports:
+                    self._reports[subject] = reports
+                else:
+                    del self._reports[subject]
 
     def reports(self, subject: Subject) -> list[tuple[bytes, AnomalyRecord]]:
         """Return each producer's newest anomaly of the subject, by producer."""
@@ -215,7 +215,7 @@ class Draft:
                 _include(self._missing, reference, record.policy_id)
         else:
             if record.is_corroborable:
-                _include(self._pending_on, (record.type, record.entity), record.policy_id)
+                _include(self._pending_on, subject_of(record), record.policy_id)
             _include(self._pending_rules, record.rule_key, record.policy_id)
         self.due = self.due.added(Due(NOW if record.is_woken else record.deadline_ms, DUE_REQUEST, key))
 
@@ -231,7 +231,7 @@ class Draft:
                 _exclude(self._missing, reference, policy_id)
         elif record.stage is Stage.PENDING:
             if record.is_corroborable:
-                _exclude(self._pending_on, (record.type, record.entity), policy_id)
+                _exclude(self._pending_on, subject_of(record), policy_id)
             _exclude(self._pending_rules, record.rule_key, policy_id)
 
     def waiting_for(self, reference: bytes) -> list[str]:
@@ -398,6 +398,19 @@ class Draft:
 
 
 EMPTY_REGISTERS: Final = RegistersRecord(admission_seq=0, decision_seq=0, is_killed=False, opened=(), served=(b"",) * 10)
+
+
+def subjects_of(record: AnomalyRecord) -> tuple[Subject, ...]:
+    """Return what an anomaly lets other sites agree with: its entity, and its victim where it names one."""
+    entity: Subject = (record.type, ENTITY, record.entity)
+    return (entity, (record.type, VICTIM, record.victim)) if record.victim else (entity,)
+
+
+def subject_of(request: RequestRecord) -> Subject:
+    """Return what other sites must report so that a request is corroborated."""
+    if request.is_about_victim:
+        return request.type, VICTIM, request.victim
+    return request.type, ENTITY, request.entity
 
 
 def references_of(record: RequestRecord) -> tuple[bytes, ...]:

@@ -5,8 +5,8 @@ Every validator answers them identically, so not even the proposer can pass a po
 - a target that meets a protected or an allowed network is refused, whoever asks, whatever the route;
 - without an operator a target must be what the anomaly is about: its entity, or for a rate limit also the victim it names
   (floods with forged sources are limited at the victim's address, not blocked at the innocents');
-- (a) two sites (k, genesis) have reported the same entity and type within the window, each above the floors, (b) an operator
-  approves, (c) the producer's budget: single hosts, short, few, inside the networks the key ring lists for it;
+- (a) two sites (k, genesis) have reported the same entity and type within the window, each above the floors; for a rate limit
+  at a victim the same victim and type; (b) an operator approves; (c) the producer's budget: single hosts, short, few, inside the networks the key ring lists for it;
 - what reaches wide (prefixes, many targets, a long time) needs (b), always.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from cybermesh.addresses import AddressError, parse_address, parse_network
-from cybermesh.ledger.draft import Draft
+from cybermesh.ledger.draft import Draft, subject_of
 from cybermesh.ledger.index import Span, Subject, span_of, spans_of
 from cybermesh.ledger.receipts import Code, Why
 from cybermesh.ledger.records import AnomalyRecord, RequestRecord
@@ -108,7 +108,7 @@ def corroboration(draft: Draft, request: RequestRecord, spec: PolicySpec) -> Gra
     spans = target_spans(spec)
     agreeing = [
         (producer, site)
-        for producer, site, report in recent_reports(draft, (request.type, request.entity))
+        for producer, site, report in recent_reports(draft, subject_of(request))
         if is_about(report.entity, report.victim, spec, spans)
     ]
     if len({site for _, site in agreeing}) < draft.genesis.governance.corroborating_sites:
@@ -129,10 +129,18 @@ def recent_reports(draft: Draft, subject: Subject) -> list[tuple[bytes, str, Ano
     return found
 
 
+def is_about_victim(request: RequestRecord, spec: PolicySpec) -> bool:
+    """Return whether the policy limits traffic to the victim and does not touch the entity: forged sources differ by site."""
+    return bool(request.victim) and spec.action is Action.RATE_LIMIT and not _lies_in(target_spans(spec), [request.entity])
+
+
 def is_about(entity: str, victim: str, spec: PolicySpec, spans: tuple[Span, ...]) -> bool:
     """Return whether every target is what an anomaly with this entity and victim is about."""
-    named = [entity, victim] if spec.action is Action.RATE_LIMIT else [entity]
-    about = [span for span in map(_span_of_text, named) if span is not None]
+    return _lies_in(spans, [entity, victim] if spec.action is Action.RATE_LIMIT else [entity])
+
+
+def _lies_in(spans: tuple[Span, ...], texts: list[str]) -> bool:
+    about = [span for span in map(_span_of_text, texts) if span is not None]
     return all(any(own.holds(span) for own in about) for span in spans)
 
 

@@ -15,8 +15,12 @@ from cybermesh.addresses import UNBLOCKABLE, Network, parse_network
 from cybermesh.ledger.records import AnomalyRecord
 from cybermesh.ledger.schedule import Schedule
 
-Subject = tuple[str, str]
-"""The type and the entity of an anomaly: what two sites must agree on."""
+ENTITY = "entity"
+VICTIM = "victim"
+
+Subject = tuple[str, str, str]
+"""Type, ``ENTITY`` or ``VICTIM``, and who that is: what two sites must agree on. Two sites that see one flood with forged
+sources accuse different innocents, but name the same victim."""
 
 
 class Span(NamedTuple):

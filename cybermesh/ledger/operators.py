@@ -107,9 +107,10 @@ def _add(draft: Draft, message: OperatorCommand, reader: Reader) -> Verdict:
     if active is None and (spec.policy_id in draft.decisions or spec.policy_id in draft.requests):
         return Verdict(Code.POLICY_ID_TAKEN)
     request = RequestRecord(
-        anomaly_id="", approvers=(), confidence_ppm=0, deadline_ms=0, entity="", evidence_id="", is_corroborable=False,
-        is_woken=False, policy_id=spec.policy_id, producer=message.producer_id, reporters=(), request_id=message.id,
-        rule_data=spec.to_json(), rule_key=key, seq=0, severity=0, stage=Stage.PENDING, type="", victim="", why="",
+        anomaly_id="", approvers=(), confidence_ppm=0, deadline_ms=0, entity="", evidence_id="", is_about_victim=False,
+        is_corroborable=False, is_woken=False, policy_id=spec.policy_id, producer=message.producer_id, reporters=(),
+        request_id=message.id, rule_data=spec.to_json(), rule_key=key, seq=0, severity=0, stage=Stage.PENDING, type="",
+        victim="", why="",
     )  # fmt: skip
     return carry_out(draft, request, spec, Grant(Why.APPROVED, (), (message.producer_id,)))
 

@@ -87,7 +87,7 @@ class RequestRecord:
     ``why``, ``reporters`` and ``approvers`` are what was granted when it was deferred (``why`` "" before). ``policy_id`` is
     the ledger's name of it, ``request_id`` the producer's. ``is_woken`` is set when something it waited for has happened and
     it is to be looked at in this block or, when many are, in one of the next; ``is_corroborable`` when another site's report
-    of its subject can help it.
+    of its subject can help it; that is the anomaly's entity, with ``is_about_victim`` its victim.
     """
 
     anomaly_id: str
@@ -96,6 +96,7 @@ class RequestRecord:
     deadline_ms: int
     entity: str
     evidence_id: str
+    is_about_victim: bool
     is_corroborable: bool
     is_woken: bool
     policy_id: str

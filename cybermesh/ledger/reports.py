@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from cybermesh.envelope.intrinsic import read_content
-from cybermesh.ledger.draft import Draft, anomaly_reference, evidence_reference
+from cybermesh.ledger.draft import Draft, anomaly_reference, evidence_reference, subjects_of
 from cybermesh.ledger.governance import anomaly_subject, recent_reports
 from cybermesh.ledger.receipts import AnomalyEffect, Code, EvidenceEffect, entity_digest
 from cybermesh.ledger.records import AnomalyRecord, EvidenceRecord
@@ -62,14 +62,14 @@ def _subject_in(content: dict[str, object], name: str) -> str:
 
 
 def _wake_pending(draft: Draft, record: AnomalyRecord) -> None:
-    subject = (record.type, record.entity)
-    pending = draft.pending_on(subject)
-    if not pending:
-        return
-    sites = {site for _, site, _ in recent_reports(draft, subject)}
-    if len(sites) >= draft.genesis.governance.corroborating_sites:
-        for policy_id in pending:
-            wake_request(draft, policy_id)
+    for subject in subjects_of(record):
+        pending = draft.pending_on(subject)
+        if not pending:
+            continue
+        sites = {site for _, site, _ in recent_reports(draft, subject)}
+        if len(sites) >= draft.genesis.governance.corroborating_sites:
+            for policy_id in pending:
+                wake_request(draft, policy_id)
 
 
 def reduce_evidence(draft: Draft, message: Evidence) -> Verdict:

@@ -19,6 +19,7 @@ from cybermesh.ledger.governance import (
     budget_answer,
     corroboration,
     is_about,
+    is_about_victim,
     is_above_floors,
     is_wide,
     limit_fault,
@@ -77,6 +78,7 @@ def reduce_policy(draft: Draft, message: Policy) -> Verdict:
         deadline_ms=draft.time_ms + draft.genesis.governance.waiting_ms,
         entity="",
         evidence_id=evidence_id if needs_evidence else "",
+        is_about_victim=False,
         is_corroborable=False,
         is_woken=False,
         policy_id=policy_id,
@@ -166,6 +168,7 @@ def consider(draft: Draft, request: RequestRecord) -> Verdict:
 
 def _judge(draft: Draft, request: RequestRecord, spec: PolicySpec) -> Verdict:
     """Find who grants the request; its producer and its targets have just been looked at."""
+    request = replace(request, is_about_victim=is_about_victim(request, spec))
     if draft.is_killed:
         return _stop(draft, request)
     if not is_above_floors(draft, request.confidence_ppm, request.severity):

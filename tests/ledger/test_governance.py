@@ -147,6 +147,18 @@ def test_a_flood_with_forged_sources_is_limited_at_the_victim_both_name() -> Non
     assert decisions(receipts)[0].direction == "egress"
 
 
+def test_sites_that_see_other_forged_sources_agree_on_the_victim() -> None:
+    world = World()
+    details = {"victim": "192.0.2.80"}
+    body = rate_limit("192.0.2.80", 80)
+    world.apply(*world.case("north-1", "p1", body, "203.0.113.20", kind="ddos", details=details))
+    receipts = world.apply(*world.case("south-1", "p2", body, "203.0.113.99", kind="ddos", details=details))
+    assert changes(receipts) == [("opened", "p2", "corroborated")]
+    # Agreement on a victim is none on who attacks it.
+    receipts = world.apply(*world.case("north-1", "p3", policy("203.0.113.20"), "203.0.113.20", kind="ddos", details=details))
+    assert codes(receipts)[2] is Code.PENDING
+
+
 def test_a_victim_can_be_limited_but_never_blocked_by_detectors() -> None:
     world = World()
     details = {"victim": "192.0.2.80"}
