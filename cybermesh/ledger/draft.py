@@ -7,13 +7,14 @@ snapshot uses the same methods, which is what makes an index rebuilt from entrie
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import immutables
 
 from cybermesh.genesis import Genesis
-from cybermesh.ledger.index import ENTITY, UNBLOCKABLE_SPANS, VICTIM, Index, Subject, Tally, spans_of
+from cybermesh.ledger.index import ENTITY, UNBLOCKABLE_SPANS, VICTIM, Index, Span, Subject, Tally, spans_of, spans_of_rule
 from cybermesh.ledger.records import (
     AnomalyRecord,
     DecisionRecord,
@@ -91,6 +92,7 @@ class Draft:
         self._pending_on = index.pending_on.mutate()
         self._pending_rules = index.pending_rules.mutate()
         self._rules = index.rules.mutate()
+        self._targets = index.targets.mutate()
         self._deferred = index.deferred
         self._held = index.held.mutate()
         self.protected_spans = index.protected
@@ -267,9 +269,12 @@ class Draft:
 
     def put_decision(self, record: DecisionRecord) -> None:
         """Set a decision in force; one under the same id is replaced."""
+        before = self.decisions.get(record.policy_id)
         self._leave_index(record.policy_id)
         self.decisions.put(record.policy_id, record)
         self._rules[record.rule_key] = record.policy_id
+        if before is None or before.rule_data != record.rule_data:
+            self._targets[record.policy_id] = spans_of_rule(record.rule_data)
         self._count_targets(record, 1)
         when = NOW if record.ending else record.expires_at_ms
         self.due = self.due.added(Due(when, DUE_DECISION, record.policy_id.encode()))
@@ -278,6 +283,7 @@ class Draft:
         """Remove a decision that has ended."""
         self._leave_index(policy_id)
         self.decisions.drop(policy_id)
+        del self._targets[policy_id]
 
     def _leave_index(self, policy_id: str) -> None:
         record = self.decisions.get(policy_id)
@@ -293,6 +299,15 @@ class Draft:
         if record.holder:
             self._count(record.holder, "budget_targets", sign * record.targets)
             (_include if sign > 0 else _exclude)(self._held, record.holder, record.policy_id)
+
+    def decisions_meeting(self, shields: tuple[Span, ...]) -> list[DecisionRecord]:
+        """Return the decisions with a target that meets one of the networks, by id; costs the number of decisions."""
+        found = []
+        for name in self.decisions.keys() if shields else ():
+            record = self.decisions.get(name)
+            if record is not None and any(own.meets(shield) for own in self._targets[name] for shield in shields):
+                found.append(record)
+        return found
 
     def held_by(self, producer: bytes) -> list[str]:
         """Return the decisions that the producer's budget carries."""
@@ -310,28 +325,14 @@ class Draft:
 
     # Shields and proposals
 
-    def put_protected(self, network: str, record: ShieldRecord) -> None:
-        """Protect a network."""
-        self.protected.put(network, record)
-        self._respan()
-
-    def drop_protected(self, network: str) -> None:
-        """Stop protecting a network that operators or the genesis named."""
-        self.protected.drop(network)
-        self._respan()
-
-    def put_allowed(self, network: str, record: ShieldRecord) -> None:
-        """Allow a network."""
-        self.allowed.put(network, record)
-        self._respan()
-
-    def drop_allowed(self, network: str) -> None:
-        """Stop allowing a network."""
-        self.allowed.drop(network)
-        self._respan()
-
-    def _respan(self) -> None:
+    def change_protected(self, added: Mapping[str, ShieldRecord], removed: Iterable[str] = ()) -> None:
+        """Stop protecting some networks that operators or the genesis named, then protect others."""
+        _change(self.protected, added, removed)
         self.protected_spans = (*UNBLOCKABLE_SPANS, *spans_of(self.protected.keys()))
+
+    def change_allowed(self, added: Mapping[str, ShieldRecord], removed: Iterable[str] = ()) -> None:
+        """Stop allowing some networks, then allow others."""
+        _change(self.allowed, added, removed)
         self.allowed_spans = spans_of(self.allowed.keys())
 
     def put_proposal(self, key: bytes, record: ProposalRecord) -> None:
@@ -391,6 +392,7 @@ class Draft:
             instances=self._instances.finish(), tallies=self._tallies.finish(), reports=self._reports.finish(),
             missing=self._missing.finish(), pending_on=self._pending_on.finish(), held=self._held.finish(),
             pending_rules=self._pending_rules.finish(), rules=self._rules.finish(), deferred=self._deferred,
+            targets=self._targets.finish(),
             protected=self.protected_spans, allowed=self.allowed_spans, targets_detectors=self.targets_detectors,
             targets_operators=self.targets_operators, release_ms=release_ms, due=self.due, forget=self.forget,
         )  # fmt: skip
@@ -427,6 +429,14 @@ def anomaly_reference(producer: bytes, anomaly_id: str) -> bytes:
 def evidence_reference(producer: bytes, evidence_id: str) -> bytes:
     """Return the name under which policies wait for evidence."""
     return b"e" + producer + evidence_id.encode()
+
+
+def _change(table: Table[str, ShieldRecord], added: Mapping[str, ShieldRecord], removed: Iterable[str]) -> None:
+    for network in removed:
+        if network in table:
+            table.drop(network)
+    for network, record in added.items():
+        table.put(network, record)
 
 
 _M = immutables.MapMutation

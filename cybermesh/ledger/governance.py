@@ -6,8 +6,9 @@ Every validator answers them identically, so not even the proposer can pass a po
 - without an operator a target must be what the anomaly is about: its entity, or for a rate limit also the victim it names
   (floods with forged sources are limited at the victim's address, not blocked at the innocents');
 - (a) two sites (k, genesis) have reported the same entity and type within the window, each above the floors; for a rate limit
-  at a victim the same victim and type; (b) an operator approves; (c) the producer's budget: single hosts, short, few, inside the networks the key ring lists for it;
-- what reaches wide (prefixes, many targets, a long time) needs (b), always.
+  at a victim the same victim and type;
+- (b) an operator approves; what reaches wide (prefixes, many targets, a long time) always needs this;
+- (c) the producer's budget: single hosts, short, few, inside the networks that the key ring lists for it.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import immutables
+import orjson
 
 from cybermesh.addresses import UNBLOCKABLE, Network, parse_network
 from cybermesh.ledger.records import AnomalyRecord
@@ -53,6 +54,12 @@ def spans_of(networks: list[str]) -> tuple[Span, ...]:
     return tuple(span_of(parse_network(text)) for text in networks)
 
 
+def spans_of_rule(rule_data: bytes) -> tuple[Span, ...]:
+    """Return the targets of a rule in the ledger's own canonical form."""
+    target = orjson.loads(rule_data)["target"]
+    return spans_of([*target.get("ips", ()), *target.get("cidrs", ())])
+
+
 @dataclass(frozen=True, slots=True)
 class Tally:
     """How much of what is limited one producer holds."""
@@ -84,6 +91,7 @@ class Index:
     pending_on: immutables.Map[Subject, frozenset[str]] = field(default_factory=immutables.Map)
     pending_rules: immutables.Map[bytes, frozenset[str]] = field(default_factory=immutables.Map)
     rules: immutables.Map[bytes, str] = field(default_factory=immutables.Map)
+    targets: immutables.Map[str, tuple[Span, ...]] = field(default_factory=immutables.Map)
     deferred: immutables.Map[tuple[int, bytes], Schedule] = field(default_factory=immutables.Map)
     held: immutables.Map[bytes, frozenset[str]] = field(default_factory=immutables.Map)
     protected: tuple[Span, ...] = UNBLOCKABLE_SPANS

@@ -15,7 +15,7 @@ from typing import Final
 from cybermesh.addresses import AddressError, parse_network
 from cybermesh.ledger.decisions import end_decision
 from cybermesh.ledger.draft import Draft
-from cybermesh.ledger.governance import Grant, rule_key, target_spans
+from cybermesh.ledger.governance import Grant, rule_key
 from cybermesh.ledger.index import Span, spans_of
 from cybermesh.ledger.keyring import KeyChange, apply_key_change, read_key_change, read_member_change
 from cybermesh.ledger.params import read_params
@@ -26,7 +26,7 @@ from cybermesh.messages import OperatorAction, OperatorCommand
 from cybermesh.policy import Action, PolicyError, parse
 from cybermesh.strictjson import JsonError, Reader, text_of
 
-_NETWORKS_MAX: Final = 10_000
+_NETWORKS_MAX: Final = 2_000
 _ID_CHARS_MAX: Final = 128
 _TIME_MS_MAX: Final = 1 << 53
 
@@ -167,11 +167,7 @@ def _network_change(reader: Reader) -> tuple[list[str], list[str]]:
 
 def _allow_list(draft: Draft, message: OperatorCommand, reader: Reader) -> Verdict:
     added, removed = _network_change(reader)
-    for network in removed:
-        if network in draft.allowed:
-            draft.drop_allowed(network)
-    for network in added:
-        draft.put_allowed(network, ShieldRecord(origin=message.producer_id.hex()))
+    draft.change_allowed(dict.fromkeys(added, ShieldRecord(origin=message.producer_id.hex())), removed)
     _end_shielded(draft, spans_of(added), Ending.ALLOWED)
     return Verdict(Code.OK, "", (_effect(message, "allow_list", f"+{len(added)} -{len(removed)}"),))
 
@@ -181,22 +177,15 @@ def _protected_networks(draft: Draft, message: OperatorCommand, reader: Reader) 
     operators = _signatures(draft, message, f"{added} {removed}")
     if isinstance(operators, Verdict):
         return operators
-    for network in removed:
-        if network in draft.protected:
-            draft.drop_protected(network)
-    for network in added:
-        draft.put_protected(network, ShieldRecord(origin="operators"))
+    draft.change_protected(dict.fromkeys(added, ShieldRecord(origin="operators")), removed)
     _end_shielded(draft, spans_of(added), Ending.PROTECTED)
     return Verdict(Code.OK, "", (_effect(message, "protected_networks", f"+{len(added)} -{len(removed)}", operators),))
 
 
 def _end_shielded(draft: Draft, shields: tuple[Span, ...], ending: Ending) -> None:
     """Have the decisions that meet a new shield ended in this block's system part."""
-    for name in draft.decisions.keys() if shields else ():
-        record = draft.decisions.get(name)
-        assert record is not None
-        if any(span.meets(shield) for span in target_spans(parse(record.rule_data)) for shield in shields):
-            _end_soon(draft, record, ending)
+    for record in draft.decisions_meeting(shields):
+        _end_soon(draft, record, ending)
 
 
 def _end_soon(draft: Draft, record: DecisionRecord, ending: Ending) -> None:

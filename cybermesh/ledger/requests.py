@@ -203,8 +203,12 @@ def _await_agreement(draft: Draft, request: RequestRecord, spec: PolicySpec, *, 
     # A producer that repeats itself keeps one place, not many: the newest request stands for all with its rule.
     for other in draft.pending_with(request.rule_key):
         held = draft.requests.get(other)
-        if held is not None and held.producer == request.producer:
-            draft.drop_request(other)
+        if held is None or held.producer != request.producer:
+            continue
+        # What an operator has been shown under an id must not change under it.
+        if other == request.policy_id and held.rule_data != request.rule_data:
+            return Verdict(Code.POLICY_ID_TAKEN)
+        draft.drop_request(other)
     limit, ttl_s = draft.genesis.limits.pending_per_producer, draft.genesis.governance.approval_ttl_s
     pending = replace(
         request,

@@ -112,8 +112,6 @@ def _index_of(genesis: Genesis, tables: Tables) -> Index:
         draft.put_offence(key, tables.offences[key])
     for key in sorted(tables.proposals):
         draft.put_proposal(key, tables.proposals[key])
-    for network in sorted(tables.protected):
-        draft.put_protected(network, tables.protected[network])
-    for network in sorted(tables.allowed):
-        draft.put_allowed(network, tables.allowed[network])
+    draft.change_protected(tables.protected)
+    draft.change_allowed(tables.allowed)
     return draft.finish(release_due_ms(draft)).index

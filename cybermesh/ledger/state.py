@@ -98,12 +98,9 @@ class State:
         """Return the state before the first block: the key ring and the shields of the genesis, an empty log."""
         draft = Draft(genesis, Tables(), Index(), height=0, time_ms=0)
         first_ring(draft, genesis)
-        for origin, networks in (
-            ("genesis", genesis.protected_networks),
-            ("infrastructure", genesis.infrastructure_networks),
-        ):
-            for network in networks:
-                draft.put_protected(str(network), ShieldRecord(origin=origin))
+        shields = {str(network): ShieldRecord(origin="genesis") for network in genesis.protected_networks}
+        shields |= {str(network): ShieldRecord(origin="infrastructure") for network in genesis.infrastructure_networks}
+        draft.change_protected(shields)
         return _finished(draft, LatticeHash(), Frontier(), ())
 
     @property

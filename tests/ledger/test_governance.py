@@ -218,6 +218,15 @@ def test_a_producer_that_repeats_itself_keeps_one_pending_place() -> None:
     assert [request.policy_id for request in world.state.requests()] == ["p3"]
 
 
+def test_what_an_operator_was_shown_cannot_change_under_its_id() -> None:
+    world = World()
+    world.apply(*world.case("north-1", "p1", policy(ATTACKER, ttl=60)))
+    again = [world.anomaly("north-1", "a2"), world.policy("north-1", "p1", policy(ATTACKER, ttl=3_600), anomaly="a2")]
+    assert codes(world.apply(*again))[1] is Code.POLICY_ID_TAKEN
+    world.apply(world.command("alice", "approve", policy_id="p1"))
+    assert [record.ttl_s for record in world.state.decisions()] == [60]
+
+
 # (c) budget
 
 

@@ -89,6 +89,7 @@ def test_a_snapshot_gives_back_the_state_and_the_same_future(seed: int, blocks: 
         "pending_on",
         "pending_rules",
         "rules",
+        "targets",
         "held",
         "protected",
         "allowed",
