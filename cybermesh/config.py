@@ -60,7 +60,14 @@ class Node(Section):
     environment: Environment = Environment.DEVELOPMENT
     state_dir: Path = Field(default=Path("/var/lib/cybermesh"), description="directory of keys, databases and positions")
     genesis: Path = Field(default=Path("/etc/cybermesh/genesis.json"), description="the deployment's genesis file")
-    key_file: Path | None = Field(default=None, description="Ed25519 key, mode 0600; default: STATE_DIR/ROLE.key")
+
+
+class Keys(Section):
+    """Ed25519 key files, mode 0600, one for each role that runs here; default: STATE_DIR/ROLE.key."""
+
+    ai: Path | None = None
+    validator: Path | None = Field(default=None, description="the memory of the key, its safety file, lies beside it")
+    agent: Path | None = None
 
 
 class BusSettings(Section):
@@ -178,6 +185,7 @@ class Settings(Section):
     """Everything a process can be told; one schema for all roles, so that one host can share a file."""
 
     node: Node = Node()
+    keys: Keys = Keys()
     bus: BusSettings = BusSettings()
     kafka: Kafka = Kafka()
     topics: Topics = Topics()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,12 +20,14 @@ Capture = Annotated[str | None, typer.Option("--capture", metavar="FILE", help="
 Stopped = Annotated[
     list[int] | None, typer.Option("--stop-validator", metavar="N", min=1, max=4, help="Leave it out; repeatable.")
 ]
+Keep = Annotated[Path | None, typer.Option("--keep", metavar="DIR", help="Leave genesis.json and proof.json there.")]
 BLOCK_PACKETS = 2_048  # small, so that a verdict does not wait for the rest of a large block
 
 
 def demo(
     capture: Capture = None,
     stop_validator: Stopped = None,
+    keep: Keep = None,
     form: output.FormatOption = output.Format.HUMAN,
     json: output.JsonOption = False,
 ) -> None:
@@ -59,10 +62,24 @@ def demo(
         _print(summary, path)
     else:
         output.emit_one(as_object(summary), form)
+    if keep is not None:
+        _keep(summary, keep)
     for problem in summary.problems:
         output.complain(problem)
     if summary.problems:
         raise typer.Exit(1)
+
+
+def _keep(summary: Summary, directory: Path) -> None:
+    """Write what `cybermesh verify` needs."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "genesis.json").write_bytes(summary.genesis)
+        if summary.first_proof is not None:
+            (directory / "proof.json").write_bytes(summary.first_proof)
+    except OSError as error:
+        raise output.CommandError(f"{directory}: cannot write there: {error.strerror}") from error
+    output.note(f"try: cybermesh verify {directory}/proof.json --genesis {directory}/genesis.json")
 
 
 def shipped_capture() -> Path:
@@ -104,21 +121,22 @@ async def _watched(plan: Demo, story: Story, is_human: bool) -> Summary:
 
 def _print(summary: Summary, path: Path) -> None:
     """Print the outcome for people."""
-    out = output.console()
-    out.print(f"[bold]{path.name}[/bold]: {summary.packets:,} packets, {summary.flows:,} flows, {summary.anomalies} alerts")
+    console = output.console()
+    out = functools.partial(console.print, soft_wrap=True)
+    out(f"[bold]{path.name}[/bold]: {summary.packets:,} packets, {summary.flows:,} flows, {summary.anomalies} alerts")
     expected = f" of {summary.attacks_expected} labelled attacks" if summary.attacks_expected else " attacks"
-    out.print(f"  found      {summary.attacks_found}{expected}; {summary.benign_blocked} innocent hosts blocked")
+    out(f"  found      {summary.attacks_found}{expected}; {summary.benign_blocked} innocent hosts blocked")
     agree = "agree block by block" if summary.validators_agree else "do NOT agree"
-    out.print(
+    out(
         f"  decided    {summary.policies} policies at height {summary.height}; "
         f"{summary.validators_up} validators up, {summary.validators_needed} needed; they {agree}"
     )
-    out.print(f"  enforced   {summary.acks} acks from the agent ({summary.backend} backend: this machine was not changed)")
+    out(f"  enforced   {summary.acks} acks from the agent ({summary.backend} backend: this machine was not changed)")
     if summary.latency_p50_ms is not None:
-        out.print(
+        out(
             f"  latency    {summary.latency_p50_ms} ms median, {summary.latency_p99_ms} ms p99, "
             "from reading the decisive packet to the ack"
         )
     proven = "[green]verified[/green]" if summary.proof_verified else "[red]not verified[/red]" if summary.policies else "none"
-    out.print(f"  proof      of the first decision: {proven}")
-    out.print("  note       one detector cannot be corroborated, so this demo's genesis grants it a budget")
+    out(f"  proof      of the first decision: {proven}")
+    out("  note       one detector cannot be corroborated, so this demo's genesis grants it a budget")

@@ -43,7 +43,7 @@ def init(
     output.note(
         f"{directory}: chain {deployment.genesis.chain_id.hex()[:16]}, {validators} validators, {ai} ai, {agents} agents"
     )
-    output.note("give every host genesis.json, its own settings file and its own key, and no other key")
+    output.note("give every host genesis.json, its own settings file, its own key with what lies beside it, and no other key")
 
 
 def _decide_budget(choice: bool | None, *, detectors: int) -> bool:
@@ -61,23 +61,37 @@ def _decide_budget(choice: bool | None, *, detectors: int) -> bool:
 
 def _write(directory: Path, deployment: Deployment) -> None:
     from cybermesh.keystore import save_key
+    from cybermesh.roles.validator import create_safety_file, safety_file_of
 
     genesis = deployment.genesis
     (directory / "keys").mkdir(parents=True, mode=0o700)
     (directory / "genesis.json").write_bytes(genesis.encode() + b"\n")
     for name, key in deployment.keys.items():
-        save_key(directory / "keys" / f"{name}.key", key)
+        key_file = directory / "keys" / f"{name}.key"
+        save_key(key_file, key)
         role, number = name.rsplit("-", 1)
+        if role == "validator":
+            create_safety_file(safety_file_of(key_file), genesis, key)
         if role != "operator":
-            (directory / f"{name}.toml").write_text(_settings(directory.resolve(), name, int(number)), encoding="utf-8")
+            _write_settings(directory, name, {role: name}, int(number))
+    if len(genesis.validators) == 1:
+        everything = {role: f"{role}-1" for role in ("ai", "validator", "agent") if f"{role}-1" in deployment.keys}
+        _write_settings(directory, "all", everything, 1)
 
 
-def _settings(directory: Path, name: str, number: int) -> str:
+def _write_settings(directory: Path, name: str, roles: dict[str, str], number: int) -> None:
+    text = _settings(directory.resolve(), name, roles, number)
+    (directory / f"{name}.toml").write_text(text, encoding="utf-8")
+
+
+def _settings(directory: Path, name: str, roles: dict[str, str], number: int) -> str:
+    """Return a settings file; ``roles`` maps each role of the process to the name of its key."""
+    keys = "".join(f'{role} = "{directory / "keys" / key}.key"\n' for role, key in roles.items())
     return (
         f"# Settings of {name}; `cybermesh config show -c FILE` prints every key with its default.\n"
         "[node]\n"
         f"id = {number}\n"
         f'genesis = "{directory / "genesis.json"}"\n'
-        f'key_file = "{directory / "keys" / name}.key"\n'
         f'state_dir = "{directory / "state" / name}"\n'
+        f"\n[keys]\n{keys}"
     )

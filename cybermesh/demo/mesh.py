@@ -31,7 +31,7 @@ from cybermesh.roles.agent import AgentParts, AgentRole
 from cybermesh.roles.ai import AiRole, Parts, Published
 from cybermesh.roles.clock import Clock
 from cybermesh.roles.deployment import Deployment, Roster, create
-from cybermesh.roles.validator import ValidatorParts, ValidatorRole, create_safety_file
+from cybermesh.roles.validator import ValidatorParts, ValidatorRole, create_safety_file, safety_file_of
 from cybermesh.store.store import Store, open_store
 from cybermesh.telemetry.sources import Source
 
@@ -120,7 +120,8 @@ class Assembly:
         folder = self._folder / name
         folder.mkdir()
         key = deployment.keys[name]
-        create_safety_file(folder / "safety.db", deployment.genesis, key)
+        safety_file = safety_file_of(folder / "validator.key")
+        create_safety_file(safety_file, deployment.genesis, key)
         store = await stack.enter_async_context(open_store(folder / "ledger.db"))
         transport = stack.enter_context(self._network.endpoint(deployment.validator_index(number)))
         self.mesh.stores[number] = store
@@ -134,7 +135,7 @@ class Assembly:
                 bus=self._bus,
                 transport=transport,
                 store=store,
-                safety_file=folder / "safety.db",
+                safety_file=safety_file,
                 clock=self._clock,
                 on_commit=lambda commit: self._watch.on_commit(number, commit),
                 on_given_up=self._watch.on_given_up,
@@ -170,7 +171,7 @@ class Assembly:
                 bus=self._bus,
                 nonces=NonceSource(stack.enter_context(FileCounters(self._folder / "ai.nonces"))),
                 clock=self._clock,
-                sources=(detector.source,),
+                sources={detector.source.name: detector.source},
                 pipeline=detector.pipeline,
                 model_version=detector.model_version,
                 on_published=self._watch.on_published,

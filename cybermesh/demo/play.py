@@ -58,6 +58,8 @@ class Summary:
     validators_up: int
     validators_needed: int
     problems: tuple[str, ...]
+    genesis: bytes = field(repr=False)
+    first_proof: bytes | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ async def _until_settled(mesh: Mesh, story: Story, group: asyncio.TaskGroup) -> 
             problems.append(f"no progress for {QUIET_S:.0f} s: {up} validators up, {needed} needed")
             break
         await asyncio.sleep(POLL_S)
-    await _soon(lambda: len(set(story.heights.values())) == 1, READY_S)
+    await _soon(lambda: len(set(story.heights.values())) <= 1, READY_S)
     reading.cancel()
     return problems
 
@@ -220,7 +222,8 @@ async def _summarise(demo: Demo, mesh: Mesh, story: Story, problems: list[str]) 
     detections = [entry.detection for entry in story.published]
     found = labels.found(detections)
     decided = [entry.effect for entry in story.decided.values()]
-    acks = sum(role.acks_published for role in (mesh.agent,) if role is not None)
+    assert mesh.agent is not None
+    acks = mesh.agent.acks_published
     agree = await _agree(mesh)
     verified = _first_proof_holds(mesh, story)
     harmed = labels.blocked(_blocked(story))
@@ -229,7 +232,7 @@ async def _summarise(demo: Demo, mesh: Mesh, story: Story, problems: list[str]) 
     missing = sorted(attack.name for attack in labels.attacks if attack.name not in found)
     problems += [f"attack not found: {name}" for name in missing]
     problems += [f"blocked although innocent: {host}" for host in sorted(harmed)]
-    if not agree:
+    if not agree and story.heights:
         problems.append("the validators' chains differ")
     if decided and not verified:
         problems.append("the first proof does not verify")
@@ -251,6 +254,8 @@ async def _summarise(demo: Demo, mesh: Mesh, story: Story, problems: list[str]) 
         validators_up=len(mesh.validators),
         validators_needed=mesh.needed,
         problems=tuple(problems),
+        genesis=mesh.deployment.genesis.encode(),
+        first_proof=story.decided[min(story.decided)].proof if story.decided else None,
     )
 
 

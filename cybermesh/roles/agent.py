@@ -27,6 +27,7 @@ from cybermesh.genesis import Genesis
 from cybermesh.keys import SigningKey
 from cybermesh.log import logger
 from cybermesh.messages import Ack, EpochChange, PolicyAction, PolicyUpdate
+from cybermesh.metrics import Figures
 from cybermesh.roles.clock import Clock
 from cybermesh.roles.ring import control_domains, key_ring
 from cybermesh.wire import codec
@@ -34,7 +35,6 @@ from cybermesh.wire.control import open_policy, seal
 
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 5.0
-ACK_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,19 +123,20 @@ class AgentRole:
         pause_s = RETRY_FIRST_S
         while True:
             await self.enforcer.acks_ready.wait()
-            self.enforcer.acks_ready.clear()
             try:
-                while waiting := await asyncio.to_thread(self._parts.state.pending_acks, ACK_BATCH):
-                    for ack in waiting:
-                        await self._parts.bus.publish(self._parts.topics.control_policy_ack, ack.policy_id.encode(), ack.body)
-                        await asyncio.to_thread(self._parts.state.mark_published, [ack.id])
-                        self.acks_published += 1
+                for ack in await self.enforcer.pending_acks():
+                    await self._parts.bus.publish(self._parts.topics.control_policy_ack, ack.policy_id.encode(), ack.body)
+                    await self.enforcer.acks_published([ack.id])
+                    self.acks_published += 1
                 pause_s = RETRY_FIRST_S
             except (BusError, StateError) as error:
                 self._log.warning("acks_waiting", reason=str(error), retry_s=round(pause_s, 2))
-                self.enforcer.acks_ready.set()
                 await asyncio.sleep(pause_s * (1 + random.random() / 4))  # noqa: S311 - jitter, not a secret
                 pause_s = min(2 * pause_s, RETRY_MAX_S)
+
+    def figures(self) -> Figures:
+        """Return this role's metrics."""
+        return {"agent_acks_published_total": self.acks_published, "agent_refused_total": self.refused.total()}
 
     def _prove(self, update: PolicyUpdate) -> Proven:
         """Return what the update's proof proves, in the enforcer's words."""

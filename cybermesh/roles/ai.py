@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cybermesh.bus import Bus, Delivery
@@ -33,6 +33,7 @@ from cybermesh.genesis import Genesis
 from cybermesh.keys import SigningKey
 from cybermesh.log import logger
 from cybermesh.messages import Transaction, TxKind
+from cybermesh.metrics import Figures
 from cybermesh.roles.clock import Clock
 from cybermesh.roles.ring import control_domains, key_ring
 from cybermesh.telemetry.packets import PacketBatch
@@ -60,7 +61,10 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the role is composed of; ``instance`` names this process in its consumer group."""
+    """What the role is composed of; ``instance`` names this process in its consumer group.
+
+    ``sources`` are read one after the other; their names are those under which positions are kept.
+    """
 
     genesis: Genesis
     key: SigningKey
@@ -69,7 +73,7 @@ class Parts:
     bus: Bus
     nonces: NonceSource
     clock: Clock
-    sources: Sequence[Source]
+    sources: Mapping[str, Source]
     pipeline: Pipeline
     model_version: str
     on_published: Callable[[Published], None] = lambda _published: None
@@ -110,14 +114,24 @@ class AiRole:
             group.create_task(self._publish_all(), name="ai publish")
             await self._read_all()
 
+    def figures(self) -> Figures:
+        """Return this role's metrics."""
+        return {
+            "ai_packets_total": self.counts.packets,
+            "ai_flows_total": self.counts.flows,
+            "ai_anomalies_total": self.counts.anomalies,
+            "ai_policies_total": self.counts.policies,
+            "ai_feedback_refused_total": self.counts.feedback["refused"],
+        }
+
     async def _read_all(self) -> None:
-        for source in self._parts.sources:
+        for name, source in self._parts.sources.items():
             batches = source.batches()
             while (step := await asyncio.to_thread(self._score_next, batches)) is not None:
                 for found in step:
                     await self._found.put(found)
                 await self._found.join()
-                self._parts.on_position(source.name, source.position)
+                self._parts.on_position(name, source.position)
             self._log.info("source_ended", source=source.name, packets=source.counters.packets, reason=source.counters.ended)
         for found in await asyncio.to_thread(self._score_rest):
             await self._found.put(found)

@@ -38,6 +38,7 @@ from cybermesh.ledger.snapshot import encode_snapshot
 from cybermesh.ledger.state import State
 from cybermesh.log import logger
 from cybermesh.messages import TxKind, tx_digest
+from cybermesh.metrics import Figures
 from cybermesh.roles import records, recovery
 from cybermesh.roles.application import LedgerApplication, pending
 from cybermesh.roles.clock import Clock
@@ -99,6 +100,11 @@ def create_safety_file(path: Path, genesis: Genesis, key: SigningKey) -> None:
     Journal.create(path, chain_id=genesis.chain_id, public_key=key.public, record=fresh)
 
 
+def safety_file_of(key_file: Path) -> Path:
+    """Return where the memory of a key lies: beside it, never in a database or a backup."""
+    return key_file.with_suffix(".safety.db")
+
+
 def _committee(genesis: Genesis) -> Committee:
     return Committee.of(genesis.chain_id, (member.pubkey for member in genesis.validators))
 
@@ -134,6 +140,24 @@ class ValidatorRole:
         self._driver: Driver[State] | None = None
         self._snapshot_height = 0
         self.counts = Counts()
+
+    def figures(self) -> Figures:
+        """Return this role's metrics."""
+        found = {
+            "validator_admitted_total": self.counts.admitted,
+            "validator_duplicates_total": self.counts.duplicates,
+            "validator_refused_total": self.counts.refused.total(),
+            "validator_acks_total": self.counts.acks,
+        }
+        status = self.status
+        if status is not None:
+            found |= {
+                "validator_round": status.round,
+                "validator_height_blocks": status.height,
+                "validator_mempool_transactions": status.mempool,
+                "validator_voting": int(status.problem is None),
+            }
+        return found
 
     @property
     def status(self) -> Status | None:

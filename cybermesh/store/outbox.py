@@ -58,6 +58,17 @@ class Outbox:
 
         return await self._database.read(work)
 
+    async def event(self, event: str, subject: int) -> bytes | None:
+        """Return the message of an event, published or not; None when this store does not have it."""
+        table = tables.outbox
+        same = (table.c.event == event) & (table.c.subject == subject)
+
+        async def work(connection: AsyncConnection) -> bytes | None:
+            found: bytes | None = (await connection.execute(select(table.c.value).where(same).limit(1))).scalar()
+            return found
+
+        return await self._database.read(work)
+
     async def mark(self, published: Sequence[tuple[int, Published]], now_ms: int) -> None:
         """Record where rows, by id, were published; a row that has a place keeps it."""
         table = tables.outbox

@@ -1,0 +1,290 @@
+"""One process with one or more roles, composed from settings: what ``cybermesh run`` runs.
+
+All roles of the process share one bus. In this version validators reach each other in memory only, so a committee of several
+needs the demo, and a process that runs a validator must be a committee of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from cybermesh import genesis as genesis_file
+from cybermesh.addresses import parse_network
+from cybermesh.api.health import Probes, serve
+from cybermesh.bus import Bus
+from cybermesh.bus.topics import Topics
+from cybermesh.config import ConfigError, Settings
+from cybermesh.consensus.transport.memory import MemoryNetwork
+from cybermesh.detect.engines.rule_file import RuleError
+from cybermesh.enforce import surroundings
+from cybermesh.enforce.backends import Backend
+from cybermesh.enforce.backends.nftables import NftablesBackend, open_channel
+from cybermesh.enforce.backends.noop import NoopBackend
+from cybermesh.enforce.decisions import Mode
+from cybermesh.enforce.state import FILE_NAME
+from cybermesh.enforce.state import State as AgentState
+from cybermesh.envelope.nonces import NonceSource
+from cybermesh.genesis import Genesis
+from cybermesh.keys import SigningKey
+from cybermesh.keystore import FileCounters, load_key
+from cybermesh.metrics import Figures
+from cybermesh.roles.agent import AgentParts, AgentRole
+from cybermesh.roles.ai import AiRole, Parts
+from cybermesh.roles.clock import Clock, SystemClock
+from cybermesh.roles.detection import open_detector
+from cybermesh.roles.open_bus import open_bus
+from cybermesh.roles.validator import ValidatorParts, ValidatorRole, safety_file_of
+from cybermesh.store.store import open_store
+from cybermesh.telemetry.sources import Source
+from cybermesh.telemetry.sources.choose import open_source
+
+
+class Role(StrEnum):
+    """What a process can be."""
+
+    AI = "ai"
+    VALIDATOR = "validator"
+    AGENT = "agent"
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What all roles of the process share."""
+
+    settings: Settings
+    genesis: Genesis
+    bus: Bus
+    topics: Topics
+    clock: Clock = field(default_factory=SystemClock)
+
+    def key_file(self, role: Role) -> Path:
+        """Return where the role's own key lies."""
+        named: Path | None = getattr(self.settings.keys, role)
+        return named or self.settings.node.state_dir / f"{role}.key"
+
+    def key(self, role: Role) -> SigningKey:
+        """Load the role's own key."""
+        return load_key(self.key_file(role))
+
+    def file(self, name: str) -> Path:
+        """Return a file of the state directory."""
+        return self.settings.node.state_dir / name
+
+
+async def run(settings: Settings, roles: Sequence[Role]) -> None:
+    """Run the roles until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigError: The settings do not fit these roles.
+    """
+    genesis = _read_genesis(settings)
+    _check(settings, genesis, roles)
+    settings.node.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    topics = Topics(**settings.topics.model_dump())
+    async with AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(open_bus(settings))
+        context = _Context(settings, genesis, bus, topics)
+        running = [await _make(role, context, stack) for role in roles]
+        await _until_signal(running, settings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A role of the process: what runs it, why it is not ready (empty when it is), its figures."""
+
+    name: Role
+    role: AiRole | ValidatorRole | AgentRole
+
+    def problem(self) -> str:
+        match self.role:
+            case ValidatorRole():
+                status = self.role.status
+                return "starting" if status is None else status.problem or ""
+            case AgentRole():
+                return str(self.role.enforcer.status().get("problem") or "")
+            case AiRole():
+                return ""
+
+    def figures(self) -> Figures:
+        return self.role.figures()
+
+
+async def _until_signal(running: Sequence[_Running], settings: Settings) -> None:
+    """Run everything in one task group; a signal ends it in an orderly way."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    probes = Probes(
+        problems=lambda: {entry.name.value: entry.problem() for entry in running if entry.problem()},
+        figures=lambda: {name: value for entry in running for name, value in entry.figures().items()},
+    )
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(entry.role.run(), name=entry.name) for entry in running]
+        tasks.append(group.create_task(serve(settings.http.host, settings.http.port, probes), name="health"))
+        await stopped.wait()
+        for task in tasks:
+            task.cancel()
+
+
+def _read_genesis(settings: Settings) -> Genesis:
+    path = settings.node.genesis
+    try:
+        return genesis_file.parse(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; node.genesis names the deployment's genesis file") from error
+
+
+def _check(settings: Settings, genesis: Genesis, roles: Sequence[Role]) -> None:
+    """Refuse what cannot work, before anything is opened."""
+    domains = genesis.wire.signing_domains
+    for key, ours, theirs in (
+        ("signing.control_domain", settings.signing.control_domain, domains.commits),
+        ("signing.control_policy_domain", settings.signing.control_policy_domain, domains.policy),
+    ):
+        if ours is not None and ours != theirs:
+            raise ConfigError(f"{key}: {ours!r} differs from the genesis, which says {theirs!r}; remove the setting")
+    if len(set(roles)) != len(roles):
+        raise ConfigError("--role: each role once; start another process for a second one")
+    if Role.VALIDATOR in roles:
+        members = len(genesis.validators)
+        if members > 1 and settings.node.id is None:
+            raise ConfigError("node.id: a validator among several needs its number (NODE_ID)")
+        if members > 1:
+            raise ConfigError(f"{members} validators in the genesis: this version connects them inside `cybermesh demo` only")
+    elif settings.bus.kind == "memory" and len(roles) == 1:
+        raise ConfigError("bus.kind: a memory bus ends at this process; run all roles in one, or name another bus")
+
+
+async def _make(role: Role, context: _Context, stack: AsyncExitStack) -> _Running:
+    match role:
+        case Role.AI:
+            return _Running(role, _make_ai(context, stack))
+        case Role.VALIDATOR:
+            return _Running(role, await _make_validator(context, stack))
+        case Role.AGENT:
+            return _Running(role, _make_agent(context, stack))
+
+
+def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
+    settings = context.settings
+    positions = Positions(context.file("ai.positions.json"))
+    try:
+        detector = open_detector(settings.detection.rules_dir, settings.detection.model_dir)
+    except RuleError as error:
+        raise ConfigError(f"detection.rules_dir: {error}") from error
+    sources: dict[str, Source] = {}
+    for name in settings.telemetry.inputs:
+        sources[name] = open_source(name, block=settings.telemetry.block_packets, position=positions.of(name))
+        stack.callback(sources[name].close)
+    if not sources:
+        raise ConfigError("telemetry.inputs: the ai role has nothing to read; name at least one input")
+    return AiRole(
+        Parts(
+            genesis=context.genesis,
+            key=context.key(Role.AI),
+            instance=f"ai-{settings.node.id or 1}",
+            topics=context.topics,
+            bus=context.bus,
+            nonces=NonceSource(stack.enter_context(FileCounters(context.file("ai.nonces")))),
+            clock=context.clock,
+            sources=sources,
+            pipeline=detector.pipeline,
+            model_version=detector.version,
+            on_position=positions.keep,
+        )
+    )
+
+
+async def _make_validator(context: _Context, stack: AsyncExitStack) -> ValidatorRole:
+    settings = context.settings
+    key = context.key(Role.VALIDATOR)
+    store = await stack.enter_async_context(open_store(store_location(settings)))
+    transport = stack.enter_context(MemoryNetwork(1).endpoint(0))
+    return ValidatorRole(
+        ValidatorParts(
+            genesis=context.genesis,
+            key=key,
+            number=settings.node.id or 1,
+            topics=context.topics,
+            group=settings.kafka.consumer_group_id,
+            bus=context.bus,
+            transport=transport,
+            store=store,
+            safety_file=safety_file_of(context.key_file(Role.VALIDATOR)),
+            clock=context.clock,
+        )
+    )
+
+
+def store_location(settings: Settings) -> str | Path:
+    """Return the URL or file of the validator's store."""
+    return settings.store.url or settings.node.state_dir / "validator.ledger.db"
+
+
+def _make_agent(context: _Context, stack: AsyncExitStack) -> AgentRole:
+    settings = context.settings.enforce
+    state = AgentState(context.file(FILE_NAME), Mode(settings.mode))
+    stack.callback(state.close)
+    configured = [("infrastructure", network) for network in context.genesis.infrastructure_networks]
+    configured += [("protected", network) for network in context.genesis.protected_networks]
+    configured += [("configured", parse_network(text)) for text in settings.protected_networks]
+    return AgentRole(
+        AgentParts(
+            genesis=context.genesis,
+            key=context.key(Role.AGENT),
+            name=settings.scope or socket.gethostname(),
+            topics=context.topics,
+            bus=context.bus,
+            state=state,
+            backend=_open_backend(settings.backend),
+            nonces=NonceSource(stack.enter_context(FileCounters(context.file("agent.nonces")))),
+            clock=context.clock,
+            look=lambda: surroundings.look(surroundings.Places(), configured),
+        )
+    )
+
+
+def _open_backend(name: str) -> Backend:
+    return NftablesBackend(open_channel()) if name == "nftables" else NoopBackend()
+
+
+class Positions:
+    """Where each input goes on after a restart, in a small file that is replaced whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._positions: dict[str, str] = {}
+        with contextlib.suppress(FileNotFoundError):
+            self._positions = self._read()
+
+    def _read(self) -> dict[str, str]:
+        try:
+            tree = json.loads(self._path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{self._path}: not a positions file; move it away to read from the start") from error
+        return {str(name): str(position) for name, position in tree.items()}
+
+    def of(self, name: str) -> str:
+        """Return the kept position of an input, empty for its start."""
+        return self._positions.get(name, "")
+
+    def keep(self, name: str, position: str) -> None:
+        """Keep a position durably."""
+        self._positions[name] = position
+        scratch = self._path.with_suffix(".new")
+        with scratch.open("w", encoding="utf-8") as file:
+            json.dump(self._positions, file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(self._path)
