@@ -127,7 +127,8 @@ def _decision_lines(effect: DecisionEffect, genesis: Genesis) -> list[str]:
     people = [f"reported by {', '.join(_names(effect.reporters, genesis))}"] if effect.reporters else []
     people += [f"approved by {', '.join(_names(effect.approvers, genesis))}"] if effect.approvers else []
     ending = f" ({effect.ending})" if effect.ending else ""
-    targets = f"{effect.hosts} hosts and {effect.networks} networks"
+    counts = ((effect.hosts, "host"), (effect.networks, "network"))
+    targets = " and ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts if count)
     return [
         f"decision  {effect.policy_id} {effect.change}{ending}, number {effect.decision_seq}",
         f"rule      {effect.action} {targets}, {effect.direction}; SHA-256 {effect.rule_hash.hex()}",
