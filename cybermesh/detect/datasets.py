@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cybermesh.detect import guard
-from cybermesh.detect.cic_columns import IMPROVED, Variant, nearest, recognise
 from cybermesh.detect.engines import TYPES
+from cybermesh.telemetry.cic_columns import IMPROVED, Variant, clean, explain_unknown, recognise
 from cybermesh.telemetry.features import NAMES
 
 FOREIGN_FILE_SHARE = 0.02
@@ -38,7 +38,6 @@ BENIGN = "benign"
 CLASSES = frozenset({BENIGN, *TYPES})
 _GZIP_MAGIC = b"\x1f\x8b"
 _LABEL_COLUMNS = ("label_class", "Label", "label", "Label_multi")
-_RATES = ("flow_byts_s", "flow_pkts_s", "fwd_pkts_s", "bwd_pkts_s")
 
 # The first prefix that fits decides; names of the 2017, 2018 and 2019 tables, original and improved, in lower case.
 _LABEL_PREFIXES = (
@@ -143,7 +142,7 @@ def read(path: Path) -> Dataset:
         raise DatasetError(f"{path}: empty")
     variant = recognise(header)
     if variant is None:
-        raise DatasetError(_explain_unknown(path, header))
+        raise DatasetError(f"{path}: {explain_unknown(header)}")
     return _assemble(path, variant, header, _Table.parse(path, variant, header, rows), digest)
 
 
@@ -214,7 +213,7 @@ def _assemble(path: Path, variant: Variant, header: Sequence[str], table: _Table
     present = np.array([name in places for name in NAMES])
     raw = np.zeros((len(table.values), len(NAMES)))
     raw[:, present] = np.array(table.values)
-    values, foreign = _clean(raw, present)
+    values, foreign = clean(raw, present)
     known = present & np.array([name not in variant.other_meaning for name in NAMES])
     if variant.name == IMPROVED:
         foreign |= _contradicts_improved(values)
@@ -233,30 +232,6 @@ def _assemble(path: Path, variant: Variant, header: Sequence[str], table: _Table
         digest=digest,
         skipped=dict(table.skipped),
     )
-
-
-def _clean(
-    raw: npt.NDArray[np.float64], present: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Undo the tools' known deviations; what is still negative or not finite is no value of any definition: 0, and foreign."""
-    values = raw.copy()
-    at = {name: index for index, name in enumerate(NAMES)}
-    still = values[:, at["flow_duration"]] == 0
-    for name in _RATES:
-        column = values[:, at[name]]
-        column[still & ((column == -1) | ~np.isfinite(column))] = 0.0
-    foreign = np.zeros(len(values), dtype=np.bool_)
-    if present[at["protocol"]]:
-        tcp = values[:, at["protocol"]] == guard.TCP
-        for side in ("fwd", "bwd"):
-            lengths, packets = values[:, at[f"{side}_header_len"]], values[:, at[f"tot_{side}_pkts"]]
-            missing = np.where(tcp, 20.0, 8.0) * packets - lengths
-            overflowed = np.isfinite(missing) & (missing > 0) & (lengths != 0)
-            lengths[overflowed] += 65536.0 * np.ceil(missing[overflowed] / 65536.0)
-    bad = ~np.isfinite(values) | (values < 0)
-    foreign |= bad.any(axis=1)
-    values[bad] = 0.0
-    return values, foreign
 
 
 def _contradicts_improved(values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
@@ -295,19 +270,3 @@ def _text(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return data.decode("cp1252", errors="replace")  # the 2017 labels hold an en dash of that code page
-
-
-def _explain_unknown(path: Path, header: Sequence[str]) -> str:
-    variant = nearest(header)
-    places = variant.places(header)
-    missing = [column for feature, column in variant.columns.items() if feature not in places]
-    used = set(places.values())
-    extra = [name.strip() for index, name in enumerate(header) if index not in used]
-    return (
-        f"{path}: not a known flow table; nearest: {variant.name}, without its columns {_shorten(missing)}, "
-        f"and with {_shorten(extra)} that it does not have"
-    )
-
-
-def _shorten(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cybermesh.detect import datasets, training
-from cybermesh.detect.cic_columns import VARIANTS, Variant
+from cybermesh.telemetry.cic_columns import VARIANTS, Variant
 from cybermesh.detect.datasets import Dataset
 from cybermesh.telemetry.features import COLUMN, NAMES
 

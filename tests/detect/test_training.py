@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cybermesh.cli import _application, output
 from cybermesh.detect import modelcard, training
-from cybermesh.detect.cic_columns import OTHER_MEANING
+from cybermesh.telemetry.cic_columns import OTHER_MEANING
 from cybermesh.detect.datasets import BENIGN, DatasetError, split_by_time
 from cybermesh.detect.engines.classifier import Classifier
 from cybermesh.detect.modelfile import encode

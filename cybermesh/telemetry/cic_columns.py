@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cybermesh.telemetry.features import CIC_NAMES, NAMES
+import numpy as np
+import numpy.typing as npt
+
+from cybermesh.telemetry.features import CIC_NAMES, COLUMN, NAMES
+
+_RATES = ("flow_byts_s", "flow_pkts_s", "fwd_pkts_s", "bwd_pkts_s")
+_TCP = 6
 
 # Where the original tables (2017, 2019) spell a column otherwise than the corrected ones (2022).
 _ORIGINAL = {
@@ -111,3 +117,48 @@ def recognise(header: Sequence[str]) -> Variant | None:
 def nearest(header: Sequence[str]) -> Variant:
     """Return the variant with the largest share of its columns in ``header``."""
     return max(VARIANTS, key=lambda variant: len(variant.places(header)) / len(variant.columns))
+
+
+def explain_unknown(header: Sequence[str]) -> str:
+    """Say which variant an unknown header is nearest to, and by which columns they differ."""
+    variant = nearest(header)
+    places = variant.places(header)
+    missing = [column for feature, column in variant.columns.items() if feature not in places]
+    used = set(places.values())
+    extra = [name.strip() for index, name in enumerate(header) if index not in used]
+    return (
+        f"not a known flow table; nearest: {variant.name}, without its columns {_shorten(missing)}, "
+        f"and with {_shorten(extra)} that it does not have"
+    )
+
+
+def _shorten(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
+
+
+def clean(
+    raw: npt.NDArray[np.float64], present: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Undo the tools' known deviations in float64[n, 79], of which the columns ``present`` (bool[79]) were read.
+
+    Returns:
+        The values, and bool[n]: rows in which something was still negative or not finite, which is no value of any
+        definition; it is 0 now.
+    """
+    values = raw.copy()
+    still = values[:, COLUMN["flow_duration"]] == 0
+    for name in _RATES:
+        column = values[:, COLUMN[name]]
+        column[still & ((column == -1) | ~np.isfinite(column))] = 0.0
+    foreign = np.zeros(len(values), dtype=np.bool_)
+    if present[COLUMN["protocol"]]:
+        tcp = values[:, COLUMN["protocol"]] == _TCP
+        for side in ("fwd", "bwd"):
+            lengths, packets = values[:, COLUMN[f"{side}_header_len"]], values[:, COLUMN[f"tot_{side}_pkts"]]
+            missing = np.where(tcp, 20.0, 8.0) * packets - lengths
+            overflowed = np.isfinite(missing) & (missing > 0) & (lengths != 0)
+            lengths[overflowed] += 65536.0 * np.ceil(missing[overflowed] / 65536.0)
+    bad = ~np.isfinite(values) | (values < 0)
+    foreign |= bad.any(axis=1)
+    values[bad] = 0.0
+    return values, foreign
