@@ -27,7 +27,9 @@ UNBLOCKABLE: Final[tuple[tuple[str, Network], ...]] = (
 )
 """Networks that nothing may ever block, with the reason; the ledger's rule and every agent's guard start from them."""
 
-_MAPPED: Final = IPv6Network("::ffff:0:0/96")
+MAPPED: Final = IPv6Network("::ffff:0:0/96")
+"""The IPv6 addresses that mean IPv4 ones."""
+
 _PREFIX_LENGTH: Final = re.compile(r"[0-9]{1,3}", re.ASCII)
 
 
@@ -37,7 +39,10 @@ class AddressError(ValueError):
 
 def host(address: Address) -> Network:
     """Return the network that holds ``address`` alone."""
-    return IPv4Network(address) if isinstance(address, IPv4Address) else IPv6Network(address)
+    # From a number: from an address object, the standard library goes through text.
+    if isinstance(address, IPv4Address):
+        return IPv4Network((int(address), 32))
+    return IPv6Network((int(address), 128))
 
 
 def is_host(network: Network) -> bool:
@@ -54,8 +59,8 @@ def normalise_address(address: Address) -> Address:
 
 def normalise_network(network: Network) -> Network:
     """Return the IPv4 network that an IPv4-mapped IPv6 prefix means, any other network as it is."""
-    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
-        return IPv4Network((int(network.network_address) & 0xFFFF_FFFF, network.prefixlen - _MAPPED.prefixlen))
+    if isinstance(network, IPv6Network) and network.subnet_of(MAPPED):
+        return IPv4Network((int(network.network_address) & 0xFFFF_FFFF, network.prefixlen - MAPPED.prefixlen))
     return network
 
 
@@ -63,8 +68,8 @@ def overlaps(left: Network, right: Network) -> bool:
     """Say whether two networks share an address; an IPv6 prefix around the IPv4-mapped range holds every IPv4 address."""
     left, right = normalise_network(left), normalise_network(right)
     if isinstance(left, IPv4Network):
-        return left.overlaps(right) if isinstance(right, IPv4Network) else right.overlaps(_MAPPED)
-    return left.overlaps(right) if isinstance(right, IPv6Network) else left.overlaps(_MAPPED)
+        return left.overlaps(right) if isinstance(right, IPv4Network) else right.overlaps(MAPPED)
+    return left.overlaps(right) if isinstance(right, IPv6Network) else left.overlaps(MAPPED)
 
 
 def parse_address(text: str) -> Address:

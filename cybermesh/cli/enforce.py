@@ -71,6 +71,7 @@ def _desk(config: Path | None) -> Iterator[_Desk]:
         yield _Desk(state, backend, lambda: Enforcer(state, backend, ports, Place("", "")))
     finally:
         state.close()
+        backend.close()
 
 
 def _backend(name: str) -> Backend:

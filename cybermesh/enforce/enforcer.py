@@ -75,7 +75,7 @@ class Enforcer:
 
     def __init__(self, state: State, backend: Backend, ports: Ports, place: Place) -> None:
         self._state = state
-        self._installer = Installer(backend)
+        self._installer = Installer(backend, ports.now_ms)
         self._backend_name = backend.name
         self._ports = ports
         self._place = place
@@ -119,7 +119,7 @@ class Enforcer:
             batch = Batch(now_ms)
             self._adopt(orders, batch)
             self._admission.reload(batch)
-            return await self._installer.difference(self._book.desired, orders.mode, now_ms)
+            return await self._installer.difference(self._book.desired, orders.mode)
 
     async def handle(self, updates: Sequence[PolicyUpdate]) -> list[Outcome]:
         """Handle events whose signature has been checked (``wire.control.open_policy``); all is durable on return.
@@ -165,9 +165,11 @@ class Enforcer:
 
     async def pending_acks(self, count_max: int = 256) -> list[Pending]:
         """Return the oldest signed acks that are not published."""
+        # Cleared before the look: an ack that arrives during it sets the event again.
+        self.acks_ready.clear()
         pending = await asyncio.to_thread(self._state.pending_acks, count_max)
-        if not pending:
-            self.acks_ready.clear()
+        if pending:
+            self.acks_ready.set()
         return pending
 
     async def acks_published(self, ids: Iterable[int]) -> None:
@@ -218,7 +220,7 @@ class Enforcer:
     async def _install(self, batch: Batch) -> None:
         """Bring the firewall to the book; on failure both are as before, and RefusedError has the code."""
         try:
-            await self._installer.bring(self._book.desired, batch.touched, batch.now_ms)
+            await self._installer.bring(self._book.desired, batch.touched)
         except BackendError as fault:
             await self._take_back(batch)
             raise RefusedError(fault.code, fault.detail) from fault
@@ -229,7 +231,7 @@ class Enforcer:
     async def _take_back(self, batch: Batch) -> None:
         batch.taken_back = {item: self._book.decisions[item] for item in batch.undo if item in self._book.decisions}
         batch.touched |= self._book.restore(batch.undo)
-        await self._installer.settle(self._book.desired, batch.touched, batch.now_ms)
+        await self._installer.settle(self._book.desired, batch.touched)
 
     def _after_failure(self, update: PolicyUpdate, batch: Batch, fault: RefusedError) -> Batch:
         again = Batch(batch.now_ms, parked=batch.parked, height=batch.height)
@@ -349,7 +351,7 @@ class Enforcer:
     async def _bring(self, batch: Batch) -> None:
         """Bring the firewall to a book that stands whether the firewall likes it or not; the next audit mends the rest."""
         try:
-            await self._installer.bring(self._book.desired, batch.touched, batch.now_ms)
+            await self._installer.bring(self._book.desired, batch.touched)
         except (BackendError, LaneFullError) as fault:
             self._trouble = str(fault)
 
@@ -362,7 +364,7 @@ class Enforcer:
         drift, damage = 0, tuple[str, ...]()
         try:
             await self._installer.leave_nothing_behind()
-            finding = await self._installer.check(self._book.desired, self._ports.now_ms())
+            finding = await self._installer.check(self._book.desired)
             drift, damage = finding.drift, finding.damage
         except (BackendError, LaneFullError) as fault:
             self._trouble = str(fault)

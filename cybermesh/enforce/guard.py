@@ -12,13 +12,14 @@ address of the broker. The rules:
 
 from __future__ import annotations
 
+import bisect
 import enum
 import ipaddress
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
-from cybermesh.addresses import UNBLOCKABLE, Network, is_host, normalise_network, overlaps
+from cybermesh.addresses import MAPPED, UNBLOCKABLE, Network, is_host, normalise_network, overlaps
 from cybermesh.enforce.rules import count
 from cybermesh.policy import PolicySpec
 
@@ -55,16 +56,65 @@ class Limits:
     split_around: bool = False
 
 
+class _Span(NamedTuple):
+    """Addresses ``first`` to ``last``, touched by protected networks, and one of those for the message."""
+
+    first: int
+    last: int
+    reason: str
+    network: Network
+
+
 @dataclass(frozen=True, slots=True)
 class Protected:
-    """Networks that must not be blocked, each with the reason, and what could not be found out (then nothing passes)."""
+    """Networks that must not be blocked, each with the reason, and what could not be found out (then nothing passes).
+
+    What nothing may ever block (``UNBLOCKABLE``) is always among them, without being listed.
+    """
 
     networks: tuple[tuple[str, Network], ...] = ()
     problems: tuple[str, ...] = ()
+    _spans: dict[int, list[_Span]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_spans", _disjoint_spans(self.all()))
 
     def all(self) -> tuple[tuple[str, Network], ...]:
         """Return these networks together with those that nothing may ever block."""
         return UNBLOCKABLE + self.networks
+
+    def touching(self, network: Network) -> tuple[str, Network] | None:
+        """Return the first protected network that shares an address with ``network``, and its reason."""
+        spans = self._spans[network.version]
+        first = int(network.network_address)
+        last = first + (1 << network.max_prefixlen - network.prefixlen) - 1
+        # The spans are disjoint and ascending: only the last one that begins in or before the network can reach into it.
+        index = bisect.bisect_right(spans, last, key=_first_of) - 1
+        if index < 0 or spans[index].last < first:
+            return None
+        return spans[index].reason, spans[index].network
+
+
+def _first_of(span: _Span) -> int:
+    return span.first
+
+
+def _disjoint_spans(everything: Iterable[tuple[str, Network]]) -> dict[int, list[_Span]]:
+    spans: dict[int, list[_Span]] = {4: [], 6: []}
+    # An IPv6 prefix around the IPv4-mapped range holds every IPv4 address, and some of those are always protected.
+    for reason, network in (*everything, ("every IPv4 address", MAPPED)):
+        plain = normalise_network(network) if network != MAPPED else network
+        span = _Span(int(plain.network_address), int(plain.broadcast_address), reason, plain)
+        spans[plain.version].append(span)
+    for version, found in spans.items():
+        joined: list[_Span] = []
+        for span in sorted(found, key=_first_of):
+            if joined and span.first <= joined[-1].last:
+                joined[-1] = joined[-1]._replace(last=max(joined[-1].last, span.last))
+            else:
+                joined.append(span)
+        spans[version] = joined
+    return spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +143,7 @@ def judge(spec: PolicySpec, protected: Protected, limits: Limits, load: Load) ->
         return refusal
     allowed: list[Network] = []
     for network in networks:
-        left = _beside(network, protected.all(), split=limits.split_around)
+        left = _beside(network, protected, split=limits.split_around)
         if isinstance(left, Refusal):
             return left
         allowed.extend(left)
@@ -105,11 +155,10 @@ def judge(spec: PolicySpec, protected: Protected, limits: Limits, load: Load) ->
 
 def hits(networks: Iterable[Network], protected: Protected) -> Refusal | None:
     """Return the refusal if one of ``networks`` has come to touch a protected one since it was judged."""
-    everything = protected.all()
     for network in networks:
-        for reason, guarded in everything:
-            if overlaps(network, guarded):
-                return _touches(network, reason, guarded)
+        touched = protected.touching(normalise_network(network))
+        if touched is not None:
+            return _touches(network, *touched)
     return None
 
 
@@ -142,17 +191,23 @@ def _too_wide(networks: tuple[Network, ...], limits: Limits) -> Refusal | None:
     return None
 
 
-def _beside(network: Network, everything: Iterable[tuple[str, Network]], *, split: bool) -> list[Network] | Refusal:
+def _beside(network: Network, protected: Protected, *, split: bool) -> list[Network] | Refusal:
     """Return what remains of ``network`` beside the protected ones: itself, its pieces when splitting, or the refusal."""
+    touched = protected.touching(network)
+    if touched is None:
+        return [network]
+    if not split or is_host(network):
+        return _touches(network, *touched)
     pieces = [network]
-    for reason, guarded in everything:
-        if not any(overlaps(piece, guarded) for piece in pieces):
+    for reason, guarded in protected.all():
+        plain = normalise_network(guarded)
+        if plain.version != network.version:
             continue
-        if not split or is_host(network) or network.version != guarded.version:
-            return _touches(network, reason, guarded)
-        pieces = [rest for piece in pieces for rest in _without(piece, guarded)]
+        pieces = [rest for piece in pieces for rest in _without(piece, plain)]
         if len(pieces) > _PIECES_MAX:
-            return _touches(network, reason, guarded)
+            return _touches(network, reason, plain)
+    if any(protected.touching(piece) for piece in pieces):
+        return _touches(network, *touched)
     return pieces
 
 

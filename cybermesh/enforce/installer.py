@@ -9,7 +9,7 @@ In the modes observe and off the same goes to a backend without a firewall, and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cybermesh.enforce.backends import TOLERANCE_MS, Audit, Backend, BackendError
@@ -28,10 +28,14 @@ class Finding:
 
 
 class Installer:
-    """The firewall side of an agent; one call at a time."""
+    """The firewall side of an agent; one call at a time.
 
-    def __init__(self, backend: Backend) -> None:
+    It asks the clock itself, as late as it can: the time that a large plan takes must not become time that a ban gains.
+    """
+
+    def __init__(self, backend: Backend, now_ms: Callable[[], int]) -> None:
         self._real = backend
+        self._now_ms = now_ms
         self._target: Backend = NoopBackend()
         self._mirror = Mirror()
         self._rebuild_due = True
@@ -72,7 +76,7 @@ class Installer:
             await self._real.remove_all()
             self._removal_due = False
 
-    async def bring(self, desired: Desired, touched: Touched, now_ms: int) -> None:
+    async def bring(self, desired: Desired, touched: Touched) -> None:
         """Install what ``touched`` concerns, and read it back.
 
         Raises:
@@ -80,73 +84,82 @@ class Installer:
             LaneFullError: Nothing was changed.
         """
         if self._rebuild_due:
-            await self._rebuild(desired, now_ms)
+            await self._rebuild(desired)
             return
-        step = plan(desired.view(now_ms, touched), self._mirror.view(touched), now_ms)
+        step = self._plan(desired, touched)
         if not step.drift:
             return
         try:
-            await self._apply(step, now_ms)
+            await self._apply(step)
         except BackendError as fault:
             if fault.code != "APPLY_FAILED":
                 raise
             # Our table is not as we left it. A rebuild replaces it in one transaction, whatever is there now.
-            await self._rebuild(desired, now_ms)
+            await self._rebuild(desired)
 
-    async def settle(self, desired: Desired, touched: Touched, now_ms: int) -> None:
+    async def settle(self, desired: Desired, touched: Touched) -> None:
         """Go back after a failure, as far as the firewall lets us; the next audit finds the rest."""
         if self._rebuild_due:
             return
         try:
-            step = plan(desired.view(now_ms, touched), self._mirror.view(touched), now_ms)
+            step = self._plan(desired, touched)
             if step.drift:
-                await self._target.apply(step, now_ms)
+                await self._target.apply(step, self._now_ms())
                 self._mirror.apply(step)
         except BackendError:
             self._rebuild_due = True
 
-    async def check(self, desired: Desired, now_ms: int) -> Finding:
+    async def check(self, desired: Desired) -> Finding:
         """Compare the firewall with what is desired, and repair it.
 
         Raises:
             BackendError: It could not be read or repaired.
         """
-        self._mirror.forget_ended(now_ms)
-        audit = await self._target.audit(now_ms)
-        step = plan(desired.view(now_ms), audit.elements, now_ms, TOLERANCE_MS)
+        self._mirror.forget_ended(self._now_ms())
+        step, audit = await self._compare(desired, self._target)
         # A new process has promised nothing yet, so what it finds missing at its start is no drift.
         finding = Finding(0 if self._rebuild_due else step.drift, () if self._rebuild_due else audit.damage, audit.counters)
         if self._rebuild_due or audit.damage:
-            await self._rebuild(desired, now_ms)
+            await self._rebuild(desired)
         elif step.drift:
             self._mirror.replace(audit.elements.values())
-            await self._apply(step, now_ms)
+            await self._apply(step)
         return finding
 
-    async def difference(self, desired: Desired, mode: Mode, now_ms: int) -> tuple[Plan, Audit]:
+    async def difference(self, desired: Desired, mode: Mode) -> tuple[Plan, Audit]:
         """Return what would have to change in the real firewall, and what it holds; changes nothing.
 
         Raises:
             BackendError: It could not be read.
         """
-        audit = await self._real.audit(now_ms)
-        wanted = desired.view(now_ms) if mode is Mode.ENFORCE else {}
-        return plan(wanted, audit.elements, now_ms, TOLERANCE_MS), audit
+        return await self._compare(desired if mode is Mode.ENFORCE else Desired(), self._real)
 
-    async def _apply(self, step: Plan, now_ms: int) -> None:
-        await self._target.apply(step, now_ms)
+    async def _compare(self, desired: Desired, backend: Backend) -> tuple[Plan, Audit]:
+        before_ms = self._now_ms()
+        audit = await backend.audit(before_ms)
+        now_ms = self._now_ms()
+        # The remaining times were read somewhere in between.
+        tolerance_ms = TOLERANCE_MS + now_ms - before_ms
+        return plan(desired.view(now_ms), audit.elements, now_ms, tolerance_ms), audit
+
+    def _plan(self, desired: Desired, touched: Touched) -> Plan:
+        now_ms = self._now_ms()
+        return plan(desired.view(now_ms, touched), self._mirror.view(touched), now_ms)
+
+    async def _apply(self, step: Plan) -> None:
+        await self._target.apply(step, self._now_ms())
         self._mirror.apply(step)
-        await self._confirm(step, now_ms)
+        await self._confirm(step)
 
-    async def _confirm(self, step: Plan, now_ms: int) -> None:
+    async def _confirm(self, step: Plan) -> None:
         wanted = {element.match for element in itertools.chain(step.wanted(), *(areas for _, areas in step.areas))}
         missing = wanted - await self._target.read_back(wanted)
         if missing:
             raise BackendError("APPLY_FAILED", f"read back: {len(missing)} of {len(wanted)} are not there, as {min(missing)}")
 
-    async def _rebuild(self, desired: Desired, now_ms: int) -> None:
-        elements = desired.view(now_ms)
-        await self._target.rebuild(elements.values(), now_ms)
+    async def _rebuild(self, desired: Desired) -> None:
+        elements = desired.view(self._now_ms())
+        await self._target.rebuild(elements.values(), self._now_ms())
         self._mirror.replace(elements.values())
         self._rebuild_due = False
-        await self._confirm(Plan(adds=tuple(elements.values())), now_ms)
+        await self._confirm(Plan(adds=tuple(elements.values())))

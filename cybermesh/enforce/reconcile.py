@@ -26,15 +26,17 @@ class LaneFullError(Exception):
     """A lane would need more disjoint areas than fit; the message gives the headroom."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Touched:
-    """What a change concerns: points one by one, areas by whole lanes."""
+    """What a change concerns: points one by one, areas by whole lanes. Grows in place with ``|=``."""
 
-    points: frozenset[Match] = frozenset()
-    lanes: frozenset[Lane] = frozenset()
+    points: set[Match] = field(default_factory=set)
+    lanes: set[Lane] = field(default_factory=set)
 
-    def __or__(self, other: Touched) -> Touched:
-        return Touched(self.points | other.points, self.lanes | other.lanes)
+    def __ior__(self, other: Touched) -> Touched:
+        self.points |= other.points
+        self.lanes |= other.lanes
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,42 +179,39 @@ class Desired:
 
     def put(self, policy_id: str, rules: tuple[Rule, ...]) -> Touched:
         """Set the rules of ``policy_id``, in place of those it had; return what is concerned."""
-        before = self.remove(policy_id)
+        touched = self.remove(policy_id)
         if not rules:
-            return before
+            return touched
         self._rules[policy_id] = rules
         self._count += len(rules)
-        points: set[Match] = set()
-        lanes: set[Lane] = set()
         for rule in rules:
             match = rule.element.match
-            if not match.area:
-                points.add(match)
-                self._points[match] = (*self._points.get(match, ()), rule)
-            else:
-                lanes.add(match.lane)
+            if match.area:
+                touched.lanes.add(match.lane)
                 self._areas.setdefault(match.lane, {})[policy_id, match] = rule
-        return before | Touched(frozenset(points), frozenset(lanes))
+            else:
+                touched.points.add(match)
+                self._points[match] = (*self._points.get(match, ()), rule)
+        return touched
 
     def remove(self, policy_id: str) -> Touched:
         """Forget the rules of ``policy_id``; return what is concerned."""
-        points: set[Match] = set()
-        lanes: set[Lane] = set()
+        touched = Touched()
         gone = self._rules.pop(policy_id, ())
         self._count -= len(gone)
         for rule in gone:
             match = rule.element.match
-            if not match.area:
-                points.add(match)
-                left = tuple(kept for kept in self._points[match] if kept.policy_id != policy_id)
-                if left:
-                    self._points[match] = left
-                else:
-                    del self._points[match]
-            else:
-                lanes.add(match.lane)
+            if match.area:
+                touched.lanes.add(match.lane)
                 del self._areas[match.lane][policy_id, match]
-        return Touched(frozenset(points), frozenset(lanes))
+                continue
+            touched.points.add(match)
+            left = tuple(kept for kept in self._points[match] if kept.policy_id != policy_id)
+            if left:
+                self._points[match] = left
+            else:
+                del self._points[match]
+        return touched
 
     def view(self, now_ms: int, touched: Touched | None = None) -> dict[Match, Element]:
         """Return the elements that should be installed now, of what ``touched`` concerns or of everything.

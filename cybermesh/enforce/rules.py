@@ -158,7 +158,7 @@ def make(spec: PolicySpec, networks: Iterable[Network], expires_at_ms: int) -> t
 
 def count(spec: PolicySpec) -> int:
     """Return an upper bound for the number of rules of ``spec`` before any splitting of prefixes."""
-    return len(spec.networks()) * sum(1 for _ in _services(spec))
+    return (len(spec.target.ips) + len(spec.target.cidrs)) * sum(1 for _ in _services(spec))
 
 
 def exception(address: Address, expires_at_ms: int) -> tuple[Rule, ...]:

@@ -64,7 +64,15 @@ def on_host(
     names: Lab, work: Callable[[NftablesBackend], Coroutine[Any, Any, T]], channel: Callable[[], Channel] = open_channel
 ) -> T:
     """Use the backend inside the host's namespace."""
-    return inside(names.host, lambda: asyncio.run(work(NftablesBackend(channel()))))
+
+    async def call() -> T:
+        backend = NftablesBackend(channel())
+        try:
+            return await work(backend)
+        finally:
+            backend.close()
+
+    return inside(names.host, lambda: asyncio.run(call()))
 
 
 def library() -> Channel:

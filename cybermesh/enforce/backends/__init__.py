@@ -85,6 +85,10 @@ class Backend(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back what is open in this process; the firewall stays as it is. Whoever made the backend calls it."""
+        ...
+
     async def remove_all(self) -> None:
         """Remove everything of ours and nothing else; doing it twice is the same as once.
 

@@ -104,9 +104,10 @@ def rebuild(elements: Collection[Element], now_ms: int) -> tuple[str, frozenset[
     grouped: dict[str, list[Element]] = {}
     for element in sorted(elements):
         if element.expires_at_ms > now_ms:
-            name = set_name(element.match)
-            grouped.setdefault(name, []).append(element)
-            names.setdefault(name, define(element.match.lane, area=element.match.area))
+            grouped.setdefault(set_name(element.match), []).append(element)
+    for name, members in grouped.items():
+        if name not in names:
+            names[name] = define(members[0].match.lane, area=members[0].match.area)
     lines.extend(names.values())
     lines.extend(_add(name, members, now_ms) for name, members in grouped.items())
     return "".join(lines), frozenset(names)
@@ -117,8 +118,8 @@ def change(plan: Plan, now_ms: int, present: frozenset[str]) -> tuple[str, froze
     names: dict[str, str] = {}
     for element in plan.wanted():
         name = set_name(element.match)
-        if name not in present:
-            names.setdefault(name, define(element.match.lane, area=element.match.area))
+        if name not in present and name not in names:
+            names[name] = define(element.match.lane, area=element.match.area)
     sets = present | names.keys()
     before = [*plan.removes, *(old for old, _ in plan.renewals), *plan.adds]
     areas = (element for _, members in plan.areas for element in members)

@@ -132,6 +132,7 @@ class NftablesBackend:
         self._channel = channel
         # The sets we know to exist; None until the table has been built or read.
         self._sets: frozenset[str] | None = None
+        self._questions = netlink.Questions()
 
     async def apply(self, plan: Plan, now_ms: int) -> None:
         """Make the changes of ``plan`` in one transaction."""
@@ -153,7 +154,7 @@ class NftablesBackend:
 
     async def read_back(self, matches: Collection[Match]) -> frozenset[Match]:
         """Ask the kernel for single elements."""
-        return await asyncio.to_thread(netlink.present, tuple(matches))
+        return await asyncio.to_thread(self._questions.present, tuple(matches))
 
     async def audit(self, now_ms: int) -> Audit:
         """List our table."""
@@ -167,6 +168,10 @@ class NftablesBackend:
         if listing.limits > 2 * live + _STALE_LIMITS_MAX:
             listing.damage.append(f"{listing.limits - live} unused limit objects")
         return Audit(listing.elements, tuple(listing.damage), listing.counters)
+
+    def close(self) -> None:
+        """Give back what is open; the firewall stays as it is."""
+        self._questions.close()
 
     async def remove_all(self) -> None:
         """Delete our table, whether it is there or not."""

@@ -40,6 +40,9 @@ class NoopBackend:
         self._mirror.forget_ended(now_ms)
         return Audit(self._mirror.view())
 
+    def close(self) -> None:
+        """There is nothing to give back."""
+
     async def remove_all(self) -> None:
         """Forget everything."""
         self._mirror.replace(())
