@@ -119,6 +119,10 @@ class Collector:
         """How many validators have given up the current round."""
         return len(self._timeouts)
 
+    def knows_proposal(self, block: Block) -> bool:
+        """Return whether this very proposal is held already."""
+        return self._proposal is not None and self._proposal.hash == block.hash
+
     def add_proposal(self, block: Block) -> Evidence | None:
         """Note a signed proposal of the current round; return the equivocation that it proves."""
         assert block.round == self._round

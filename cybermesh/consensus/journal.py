@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +48,7 @@ class Journal:
         self._lock = lock
         self._record = record
         self._prune_below = 0
+        self._mutex = threading.Lock()
 
     @classmethod
     def create(cls, path: Path, *, chain_id: bytes, public_key: bytes, record: SafetyRecord) -> None:
@@ -121,31 +123,38 @@ class Journal:
         Raises:
             JournalError: the disk is full, gone or read-only; nothing was written and nothing may be sent.
         """
+        rows = [(block.hash, block.height, encode_block(block)) for block in blocks]
+        below = self._prune_below
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                self._connection.execute("UPDATE safety SET record = ?", (encode_record(record),))
-                rows = [(block.hash, block.height, encode_block(block)) for block in blocks]
-                self._connection.executemany("INSERT OR IGNORE INTO journal VALUES (?, ?, ?)", rows)
-                if self._prune_below:
-                    self._connection.execute("DELETE FROM journal WHERE height <= ?", (self._prune_below,))
-                self._connection.execute("COMMIT")
-            except sqlite3.Error:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
+            with self._mutex:
+                self._commit(encode_record(record), rows, below)
         except sqlite3.Error as error:
             raise JournalError(f"{self._path}: cannot write: {error}") from error
         self._record = record
-        self._prune_below = 0
+        if self._prune_below == below:
+            self._prune_below = 0
+
+    def _commit(self, record: bytes, rows: Sequence[tuple[bytes, int, bytes]], below: int) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.execute("UPDATE safety SET record = ?", (record,))
+            self._connection.executemany("INSERT OR IGNORE INTO journal VALUES (?, ?, ?)", rows)
+            if below:
+                self._connection.execute("DELETE FROM journal WHERE height <= ?", (below,))
+            self._connection.execute("COMMIT")
+        except sqlite3.Error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
 
     def prune(self, height: Height) -> None:
         """Forget blocks up to this height, which the store now has; done with the next write."""
         self._prune_below = max(self._prune_below, height)
 
     def close(self) -> None:
-        """Close the file and release the key."""
-        _release(self._connection, self._lock)
+        """Close the file and release the key, after a write that is under way in another thread."""
+        with self._mutex:
+            _release(self._connection, self._lock)
 
     def __enter__(self) -> Journal:
         return self

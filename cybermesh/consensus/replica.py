@@ -95,7 +95,8 @@ class Replica(Generic[S]):
         self._collector = Collector(parts.committee, round_)
         self._catch_up = CatchUp(parts.committee.n, parts.index, patience_ms=2 * timing.base_ms, delay_ms=timing.base_ms // 10)
         self._sync_limit = PeerLimit(timing.base_ms // 4)
-        self._blocks_limit = PeerLimit(2)
+        self._blocks_limit = PeerLimit(1)
+        self._urge_limit = PeerLimit(timing.base_ms)
         self._forward_limit = PeerLimit(timing.forward_ms // 2)
         self._muster = Muster(parts.committee.quorum, parts.index, now.mono_ms)
         self._is_judged = False
@@ -202,8 +203,7 @@ class Replica(Generic[S]):
                 assert_never(message)
 
     def _on_proposal(self, sender: int, block: Block) -> None:
-        first = self._collector.proposal
-        if first is not None and first.hash == block.hash:
+        if self._collector.knows_proposal(block):
             self._effects.extend(self._safety.repeat_vote(block, sender) if sender != self._index else ())
             return
         is_late = block.round < self.round
@@ -238,7 +238,7 @@ class Replica(Generic[S]):
         if timeout.round < self.round:
             self._help(sender)
             return
-        self._is_urged = True
+        self._is_urged |= self._urge_limit.allows(sender, self._now.mono_ms)
         self._conclude(self._collector.add_timeout(timeout))  # R6
         if self._collector.timeouts > self._committee.f and not self._has_given_up:
             self._give_up()  # R4: at least one of them is honest
@@ -304,7 +304,7 @@ class Replica(Generic[S]):
         if candidate is not None:
             self._mempool.add(candidate)
         if forward.round >= self.round:
-            self._is_urged = True  # R7: the leader proposes at once, an empty block if it refuses the transaction
+            self._is_urged |= self._urge_limit.allows(sender, self._now.mono_ms)  # R7: an empty block if it is refused
         else:
             self._help(sender)
 
@@ -350,8 +350,6 @@ class Replica(Generic[S]):
             self._mempool.remove(node.digests)
             self._committed.append(node.block.header)
         self._effects.append(Commit(tuple(CommittedBlock(node.block, node.execution) for node in nodes), qc))
-
-    # Blocks
 
     def _add(self, block: Block) -> str | None:
         """Execute a block whose parent is here and keep it, or return why it is invalid (R3, R8)."""
@@ -464,15 +462,17 @@ class Replica(Generic[S]):
         if is_waiting or self._safety.is_barred_from_voting(self.round):
             pacemaker.arm(now.mono_ms, self._high_qc.round)
             return
-        due_at = outlook.due_at(now)
-        heartbeat_at = pacemaker.heartbeat_at
+        due_at, heartbeat_at = outlook.due_at(now), max(now.mono_ms, pacemaker.heartbeat_at)
         pacemaker.arm(heartbeat_at if due_at is None else min(due_at, heartbeat_at), self._high_qc.round)
 
     def _give_up(self) -> None:
         """Give up the round, or say so again, and wait another timer's length (R4)."""
         self._has_given_up = True
         self._pacemaker.rearm(self._now.mono_ms, self._high_qc.round)
-        self._emit(self._safety.timeout(self.round, self._high_qc, self._last_tc))
+        signed = self._safety.timeout(self.round, self._high_qc, self._last_tc)
+        self._emit(signed)
+        if signed is None:  # whoever may not sign asks the others whether they have gone on
+            self._effects.append(Broadcast(self._where_i_stand(wants_reply=True)))
 
     def _forward_oldest(self) -> None:
         """Send the oldest transaction to all when no proposal comes (R7)."""

@@ -273,6 +273,14 @@ def test_r7_an_overdue_heartbeat_starts_the_timer(bench, follower):
     assert len(broadcasts(follower.wait(100), Timeout)) == 1
 
 
+def test_r7_the_leader_after_a_dead_one_has_a_whole_timer_although_the_heartbeat_is_overdue(bench, follower):
+    follower.wait(5_300)
+    follower.hear(bench.sync(last_tc=bench.tc(2)))
+    assert follower.replica.round == 3
+    assert broadcasts(follower.wait(290), Timeout) == []
+    assert broadcasts(follower.hear(bench.block(3, tc=bench.tc(2))), Vote)
+
+
 def test_r7_a_waiting_transaction_is_sent_to_all_once_per_round(bench, follower):
     follower.submit(b"first")
     follower.submit(b"second")
@@ -293,6 +301,47 @@ def test_r7_a_leader_that_refuses_what_it_is_sent_proposes_an_empty_block(bench,
     transcript.start()
     (block,) = broadcasts(transcript.hear(Forward(1, Round(2), b"")), Block)
     assert block.payload == ()
+
+
+def with_alarm(bench, transcript, ms):
+    """Commit an alarm in the block of round 2 and go on to round 4, which is idle."""
+    block = second(bench, payload=[b"alarm %d" % ms], time_ms=transcript.now.wall_ms)
+    child = bench.block(3, bench.qc(block))
+    for each in (block, child):
+        transcript.hear(each)
+    effects = transcript.hear(bench.sync(bench.qc(child)))
+    assert transcript.replica.round == 4
+    assert [each.block for commit in of(effects, Commit) for each in commit.blocks] == [block]
+
+
+def test_r7_a_leader_proposes_when_something_falls_due(bench, talk):
+    transcript = talk(bench.leader(4))
+    transcript.start()
+    with_alarm(bench, transcript, 700)
+    assert broadcasts(transcript.wait(690), Block) == []
+    (block,) = broadcasts(transcript.wait(20), Block)
+    assert block.payload == ()
+
+
+def test_r7_the_others_give_it_a_timer_from_then_on(bench, follower):
+    with_alarm(bench, follower, 700)
+    assert broadcasts(follower.wait(890), Timeout) == []
+    assert len(broadcasts(follower.wait(20), Timeout)) == 1
+
+
+def test_r7_nobody_can_urge_more_than_one_empty_block_in_a_timers_length(bench, talk):
+    transcript = talk(bench.leader(2))
+    transcript.start()
+    urged = 0
+    qc, tc = bench.genesis, bench.tc(1)
+    for round_ in range(2, 40):
+        transcript.hear(Forward(1, Round(round_), b""), 3 if transcript.index != 3 else 2)
+        proposal = transcript.replica._collector.proposal
+        urged += proposal is not None
+        transcript.hear(bench.sync(qc, bench.tc(round_)))
+        transcript.now_ms += 10
+    assert urged <= 2
+    assert tc.round == 1
 
 
 # R4: timeouts
@@ -463,6 +512,17 @@ def test_an_observer_follows_the_chain_and_signs_nothing(bench, talk):
     effects += observer.wait(20_000)
     assert [each.block for commit in of(effects, Commit) for each in commit.blocks] == [block]
     assert broadcasts(effects, Vote) == broadcasts(effects, Timeout) == broadcasts(effects, Block) == []
+
+
+def test_an_observer_that_misses_the_votes_asks_instead_of_giving_up_the_round(bench, talk):
+    observer = talk(0, is_observer=True)
+    observer.start()
+    block = second(bench, payload=[b"x"])
+    observer.hear(block)
+    (question, *_) = broadcasts(observer.wait(320), Sync)
+    assert question.wants_reply
+    observer.hear(bench.sync(bench.qc(block)))
+    assert observer.replica.round == 3
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

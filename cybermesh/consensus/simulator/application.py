@@ -1,10 +1,11 @@
-"""The smallest application with a state worth agreeing on: a hash chain over the blocks and the set of transactions applied."""
+"""The smallest application worth agreeing on: a hash chain over the blocks, each transaction once, and alarms set by time."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import immutables
 
@@ -12,25 +13,32 @@ from cybermesh.consensus.application import BlockContext, Execution, Selection
 from cybermesh.consensus.mempool import PendingTransaction
 from cybermesh.messages import tx_digest
 
+ALARM: Final = b"alarm "
+
 
 @dataclass(frozen=True, slots=True)
 class LogState:
-    """``root`` covers every block so far; ``applied`` maps a transaction's digest to its height."""
+    """``root`` covers every block so far; ``applied`` maps a transaction's digest to its height.
+
+    ``alarms`` are the block times, ascending, at which something falls due; ``rung`` counts those that did.
+    """
 
     root: bytes
     applied: immutables.Map[bytes, int]
+    alarms: tuple[int, ...] = ()
+    rung: int = 0
 
 
 class LogApplication:
-    """Applies each transaction once; an empty one is invalid; nothing is driven by time."""
+    """Applies each transaction once; an empty one is invalid; ``alarm 700`` falls due 700 ms of block time later."""
 
     def genesis(self) -> LogState:
         """Return the state before the first block."""
         return LogState(bytes(32), immutables.Map())
 
     def is_valid(self, transaction: bytes) -> bool:
-        """Every transaction but the empty one is valid."""
-        return bool(transaction)
+        """Every transaction is valid but the empty one and an alarm without a number of milliseconds."""
+        return bool(transaction) and (not transaction.startswith(ALARM) or transaction[len(ALARM) :].isdigit())
 
     def admit(self, committed: LogState, transaction: bytes, now_ms: int) -> PendingTransaction | None:
         """Return a valid transaction that is not applied yet, of the producer that its first byte names."""
@@ -52,15 +60,19 @@ class LogApplication:
         """Apply the transactions in order."""
         digests = [tx_digest(each) for each in payload]
         place = context.height.to_bytes(8, "big") + context.time_ms.to_bytes(8, "big")
-        root = hashlib.sha256(parent.root + place + b"".join(digests)).digest()
+        due = tuple(alarm for alarm in parent.alarms if alarm <= context.time_ms)
+        root = hashlib.sha256(parent.root + place + b"".join(digests) + repr(due).encode()).digest()
         applied = parent.applied
         if digests:
             with applied.mutate() as draft:
                 for digest in digests:
                     draft[digest] = context.height
                 applied = draft.finish()
-        return Execution(LogState(root, applied), root, len(applied), bool(payload), None)
+        fresh = [context.time_ms + int(each[len(ALARM) :]) for each in payload if each.startswith(ALARM)]
+        alarms = tuple(sorted([*parent.alarms[len(due) :], *fresh]))
+        state = LogState(root, applied, alarms, parent.rung + len(due))
+        return Execution(state, root, len(applied), bool(payload or due), None)
 
     def next_due_ms(self, state: LogState) -> int | None:
-        """Nothing is ever due."""
-        return None
+        """Return the next alarm."""
+        return state.alarms[0] if state.alarms else None

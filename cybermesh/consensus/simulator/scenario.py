@@ -63,7 +63,8 @@ def draw_plan(rng: random.Random, setup: Setup) -> Plan:
     arrivals = []
     for number in range(rng.randrange(2, 6)):
         learners = [position for position in range(machines) if rng.random() < 0.8] or [0]
-        arrivals.append((rng.randrange(heal_ms), tuple(learners), b"before %d" % number))
+        text = b"alarm %d" % rng.randrange(50, 3_000) if rng.random() < 0.2 else b"before %d" % number
+        arrivals.append((rng.randrange(heal_ms), tuple(learners), text))
     # What arrives after healing must be committed by everybody: that is the test of liveness.
     for number in range(2):
         learner = rng.randrange(machines)
@@ -79,7 +80,8 @@ def draw_plan(rng: random.Random, setup: Setup) -> Plan:
         skews_ms=tuple(rng.choice((0, 0, rng.randrange(-1_000, 1_000))) for _ in range(machines)),
         twins=tuple(sorted(rng.sample(range(setup.validators), setup.twins))),
         arrivals=tuple(arrivals),
-        timing=Timing(),
+        # Half of the worlds are idle often enough for heartbeats to matter.
+        timing=Timing(heartbeat_ms=rng.choice((300, 5_000))),
     )
 
 
