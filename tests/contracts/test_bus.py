@@ -7,14 +7,17 @@ buses can be opened and opened again (as after a restart), and whose records out
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from cybermesh.bus import Bus, BusError, Delivery, Subscription
+from cybermesh.bus.local import LocalBus
 from cybermesh.bus.memory import MemoryBus
 
 WAIT_S = 20.0
@@ -31,7 +34,13 @@ async def memory_ground() -> AsyncIterator[Ground]:
     yield Ground(lambda: MemoryBus(lambda: 1_700_000_000_000), is_durable=False)
 
 
-KINDS = {"memory": memory_ground}
+@asynccontextmanager
+async def local_ground() -> AsyncIterator[Ground]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Ground(lambda: LocalBus(Path(folder) / "bus.db", lambda: 1_700_000_000_000), is_durable=True)
+
+
+KINDS = {"local": local_ground, "memory": memory_ground}
 
 
 @pytest.fixture(params=sorted(KINDS))
