@@ -115,8 +115,7 @@ def run_flows(inputs: list[str], sink: BinaryIO, form: FlowFormat, columns: Flow
     Inputs that cannot be read, and packets that are not metered, are explained on stderr.
     """
     from cybermesh.cli import flow_rows
-    from cybermesh.telemetry.meter import FlowMeter
-    from cybermesh.telemetry.sources.choose import open_source
+    from cybermesh.telemetry.metering import choose
 
     write = {
         (FlowFormat.CSV, FlowColumns.CYBERMESH): flow_rows.csv_rows,
@@ -126,10 +125,11 @@ def run_flows(inputs: list[str], sink: BinaryIO, form: FlowFormat, columns: Flow
     header = (
         b"" if form is FlowFormat.NDJSON else flow_rows.cic_header() if columns is FlowColumns.CIC else flow_rows.csv_header()
     )
-    meter, totals, progress = FlowMeter(retain=RETAINED_FLOWS), FlowTotals(), _Progress()
+    metering = choose(inputs, tell=output.note)
+    meter, totals, progress = metering.new_meter(retain=RETAINED_FLOWS), FlowTotals(), _Progress()
     for spec in inputs:
         try:
-            source = open_source(spec, block=block)
+            source = metering.open_source(spec, block=block)
         except SourceError as error:
             totals.failed_inputs += 1
             output.complain(str(error))

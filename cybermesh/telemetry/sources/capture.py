@@ -21,6 +21,11 @@ class _Reader(Protocol):
 class CaptureSource:
     """A pcap or pcapng file, perhaps compressed, or one on standard input (``-``)."""
 
+    # What ``capture_compiled`` replaces by compiled parts.
+    _pcap: type[PcapReader] = PcapReader
+    _pcapng: type[PcapngReader] = PcapngReader
+    _decode = staticmethod(decode)
+
     def __init__(self, where: str, *, block: int = DEFAULT_BLOCK, position: str = "", buffer_bytes: int = BUFFER_BYTES) -> None:
         """Open the capture and read its header.
 
@@ -49,9 +54,9 @@ class CaptureSource:
         stream = self._stream
         head = stream.data[stream.start : min(stream.start + 16, stream.end)].tobytes()
         if is_pcap(head):
-            return PcapReader(stream, self._counters, resume_at)
+            return self._pcap(stream, self._counters, resume_at)
         if is_pcapng(head):
-            return PcapngReader(stream, self._counters, resume_at)
+            return self._pcapng(stream, self._counters, resume_at)
         raise SourceError(
             f"{stream.name}: {stream.damage or 'is neither pcap nor pcapng'}; give a capture, it may be .gz or .zst"
         )
@@ -79,7 +84,7 @@ class CaptureSource:
     def batches(self) -> Iterator[PacketBatch]:
         """Yield the capture's packets in file order, up to the block size at a time."""
         while (frames := self._reader.read(self._block)) is not None:
-            batch = decode(frames, self._counters)
+            batch = self._decode(frames, self._counters)
             self._position = str(self._stream.offset)
             yield batch
 

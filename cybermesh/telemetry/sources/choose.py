@@ -10,7 +10,7 @@ from cybermesh.telemetry.sources.capture import CaptureSource
 KINDS = frozenset({"pcap", "live", "csv", "zeek", "eve", "logs", "kafka"})
 
 
-def open_source(spec: str, *, block: int = DEFAULT_BLOCK, position: str = "") -> Source:
+def open_source(spec: str, *, block: int = DEFAULT_BLOCK, position: str = "", compiled: bool = False) -> Source:
     """Open an input.
 
     Args:
@@ -18,6 +18,7 @@ def open_source(spec: str, *, block: int = DEFAULT_BLOCK, position: str = "") ->
             looks like ``KIND:WHERE`` is taken as the file.
         block: Most packets in a batch.
         position: Where to go on, as told by ``Source.position`` earlier; empty for the beginning.
+        compiled: Read captures with compiled kernels; ``compile_cache.load_kernels`` must have been called.
 
     Raises:
         SourceError: The input is missing or cannot be read as what it is said to be.
@@ -29,4 +30,8 @@ def open_source(spec: str, *, block: int = DEFAULT_BLOCK, position: str = "") ->
         raise SourceError(f"{spec}: inputs of the kind '{kind}' are not read by this version; give a capture (pcap or pcapng)")
     if not where:
         raise SourceError(f"{spec}: names no file; write pcap:FILE, or pcap:- for standard input")
+    if compiled:
+        from cybermesh.telemetry.sources.capture_compiled import CompiledCaptureSource  # here: it needs numba
+
+        return CompiledCaptureSource(where, block=block, position=position)
     return CaptureSource(where, block=block, position=position)

@@ -1,0 +1,79 @@
+"""Where compiled kernels are kept between processes (shell).
+
+Compiling takes some seconds once; loading what was compiled, a few tenths. The folder is the first of these that can be used:
+``CYBERMESH_CACHE_DIR``, ``$XDG_CACHE_HOME/cybermesh``, ``~/.cache/cybermesh``. Its content is code, so it must be ours alone:
+a folder of somebody else, or one that others may write to, is not used. Where there is none, kernels are compiled in every
+process that wants them; that is slow, and it works.
+
+numba notices when a kernel's own file has changed, but not the files that it takes constants and parts from. So the folder's
+name ends with a digest of all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import stat
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_KERNELS = ("records", "clock", "headers", "table", "packets", "emission")
+_SOURCES = ("features.py", "flows.py", "meter_clock.py", "meter_state.py", "packets.py")  # where kernels take constants from
+_COMPLETE = "complete"
+
+
+def cache_folder() -> Path | None:
+    """Make the folder for this version's kernels if need be; None if there is no place that is ours and can be written."""
+    home = Path("~").expanduser()
+    named = os.environ.get("CYBERMESH_CACHE_DIR")
+    roots = [Path(named)] if named else []
+    roots.append(Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "cybermesh")
+    for root in roots:
+        if (folder := _usable(root / f"kernels-{_digest()}")) is not None:
+            return folder
+    return None
+
+
+def is_compiled() -> bool:
+    """Return whether all kernels were compiled and kept by an earlier process."""
+    folder = cache_folder()
+    return folder is not None and (folder / _COMPLETE).exists()
+
+
+def load_kernels() -> None:
+    """Compile all kernels or load what an earlier process compiled; call it before kernels are imported otherwise."""
+    import numba
+
+    settings: Any = numba.config
+    folder = cache_folder()
+    settings.CACHE_DIR = str(folder or "")
+    for name in _KERNELS:
+        importlib.import_module(f"cybermesh.telemetry.kernels.{name}")
+    if folder is not None:
+        try:
+            (folder / _COMPLETE).touch()
+        except OSError:  # full, or gone meanwhile: the next process finds out
+            return
+
+
+def _digest() -> str:
+    here = Path(__file__).parent
+    digest = hashlib.sha256(metadata.version("numba").encode())
+    for path in (*sorted((here / "kernels").glob("*.py")), *(here / name for name in _SOURCES)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _usable(folder: Path) -> Path | None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return None
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return None

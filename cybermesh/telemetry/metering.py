@@ -1,0 +1,116 @@
+"""Which meter an input gets: the numpy reference or the compiled one (shell).
+
+The flows are the same. The compiled meter is several times as fast but takes a third of a second to load, and some seconds to
+compile when it is used for the first time; so it is for inputs that are long, and for roles that run for long, which call
+``compiled`` at their start.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from cybermesh.telemetry.compile_cache import is_compiled, load_kernels
+from cybermesh.telemetry.flows import FlowBatch
+from cybermesh.telemetry.meter import DEFAULT_MAX_FLOWS, FlowMeter
+from cybermesh.telemetry.packets import PacketBatch
+from cybermesh.telemetry.sources import Source
+from cybermesh.telemetry.sources.choose import open_source
+
+LONG_BYTES = 64 << 20  # captures from here on are worth compiling for: the reference needs half a second or more for them
+_UNPACKED = 4  # a compressed capture is about so many times as long as its file
+
+
+class Meter(Protocol):
+    """What both meters are."""
+
+    @property
+    def evicted(self) -> int:
+        """Flows pushed out by the hard cap so far."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of open flows."""
+        ...
+
+    def add(self, batch: PacketBatch) -> FlowBatch:
+        """Meter packets; return the flows that are finished."""
+        ...
+
+    def drain(self, limit: int) -> Iterator[FlowBatch]:
+        """Return all open flows in batches of at most ``limit``, and forget them."""
+        ...
+
+    def flush(self) -> FlowBatch:
+        """Return all open flows in one batch, and forget them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Metering:
+    """How inputs are read and metered.
+
+    ``open_source`` is that of ``sources.choose``; ``new_meter(max_flows=…, retain=…)`` makes a meter.
+    """
+
+    name: str  # "reference" or "compiled"
+    open_source: Callable[..., Source]
+    new_meter: Callable[..., Meter]
+
+
+def reference() -> Metering:
+    """Return the numpy implementation."""
+    return Metering("reference", open_source, FlowMeter)
+
+
+def compiled(workers: int = 1) -> Metering:
+    """Load the compiled implementation, or compile it: some seconds, once for a user and version.
+
+    Args:
+        workers: Threads that meter side by side, each a share of the flows; the flows are the same for any number.
+    """
+    load_kernels()
+    from cybermesh.telemetry.meter_compiled import CompiledMeter
+
+    pool = ThreadPoolExecutor(workers, "meter") if workers > 1 else None
+
+    def new_meter(*, max_flows: int = DEFAULT_MAX_FLOWS, retain: int = 0) -> CompiledMeter:
+        return CompiledMeter(max_flows=max_flows, retain=retain, shards=workers, run=pool.map if pool else map)
+
+    return Metering("compiled", partial(open_source, compiled=True), new_meter)
+
+
+def choose(inputs: Iterable[str], *, tell: Callable[[str], None] | None = None) -> Metering:
+    """Return the implementation that is done first with these inputs.
+
+    A stream of unknown length gets the compiled one only if it need not be compiled first.
+
+    Args:
+        inputs: As ``open_source`` takes them.
+        tell: Is given a remark for people if kernels must be compiled, which takes some seconds.
+    """
+    sizes = [_size(spec) for spec in inputs]
+    known = sum(size for size in sizes if size is not None)
+    wanted = known >= LONG_BYTES or (None in sizes and is_compiled())
+    if not wanted or sys.byteorder != "little":  # the kernels read numbers as a little-endian machine lays them out
+        return reference()
+    if tell is not None and not is_compiled():
+        tell("compiling the meter for long captures: some seconds, the first time only")
+    return compiled()
+
+
+def _size(spec: str) -> int | None:
+    """Return about how many bytes of capture an input holds, None if that cannot be known, 0 if it cannot be read."""
+    path = Path(spec if Path(spec).exists() else spec.removeprefix("pcap:"))
+    try:
+        if not path.is_file():
+            return None if spec in ("-", "pcap:-") or path.is_fifo() else 0
+        packed = path.suffix in (".gz", ".zst")
+        return path.stat().st_size * (_UNPACKED if packed else 1)
+    except OSError:
+        return 0
