@@ -33,7 +33,7 @@ from cybermesh.roles.clock import Clock, SystemClock
 from cybermesh.wire.admission import read_transaction
 
 READY_S = 5.0
-QUIET_S = 10.0  # without any progress for so long, nothing more will come
+QUIET_S = 8.0  # without any progress for so long, nothing more will come
 POLL_S = 0.01
 
 
