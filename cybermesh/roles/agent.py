@@ -71,7 +71,7 @@ class AgentRole:
         """Enforce until cancelled; what is installed stays and ends by its own timeouts."""
         await self._open()
         async with asyncio.TaskGroup() as group:
-            group.create_task(self.enforcer.run(), name=f"{self._parts.name} reconcile")
+            group.create_task(self._reconcile(), name=f"{self._parts.name} reconcile")
             group.create_task(self._consume(), name=f"{self._parts.name} decisions")
             if self._parts.topics.control_policy_ack:
                 group.create_task(self._publish_acks(), name=f"{self._parts.name} acks")
@@ -79,6 +79,17 @@ class AgentRole:
     async def _open(self) -> None:
         found = await self.enforcer.open()
         self._log.info("agent_started", backend=self._parts.backend.name, drift=found.drift, problem=found.problem)
+
+    async def _reconcile(self) -> None:
+        """Tick and reconcile for ever; a database that is away stops neither expiry in the kernel nor the next try."""
+        pause_s = RETRY_FIRST_S
+        while True:
+            try:
+                await self.enforcer.run()
+            except StateError as error:
+                self._log.error("state_unavailable", reason=str(error))
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RETRY_MAX_S)
 
     async def _consume(self) -> None:
         topic = self._parts.topics.control_policy
