@@ -17,7 +17,7 @@ def train(
     terms: Annotated[str, typer.Option(help="Under which terms the data may be used; goes into the card.")] = "",
     json: output.JsonOption = False,
 ) -> None:
-    """Train, calibrate and measure a classifier; needs the extra: pip install 'cybermesh[train]'.
+    """Train, calibrate and measure a classifier; needs what the extra named train installs.
 
     Example: cybermesh train --data flows.csv.gz --out site-model --seed 7
     """

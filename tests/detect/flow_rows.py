@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from cybermesh.detect import datasets, training
-from cybermesh.telemetry.cic_columns import VARIANTS, Variant
 from cybermesh.detect.datasets import Dataset
+from cybermesh.telemetry.cic_columns import VARIANTS, Variant
 from cybermesh.telemetry.features import COLUMN, NAMES
 
 # class: payload bytes forward and backward, packets each way, mean gap in us, protocol

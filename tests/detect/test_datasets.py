@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cybermesh.detect import datasets
-from cybermesh.telemetry.cic_columns import OTHER_MEANING, VARIANTS, recognise
 from cybermesh.detect.datasets import DatasetError, label_class, read, split_by_time
+from cybermesh.telemetry.cic_columns import OTHER_MEANING, VARIANTS, recognise
 from cybermesh.telemetry.features import COLUMN, NAMES
 from tests.detect import flow_rows
 from tests.detect.flow_rows import LABELS, PERTURBATIONS, as_improved, flows, many, variant, write_table

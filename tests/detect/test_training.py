@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from cybermesh.cli import _application, output
 from cybermesh.detect import modelcard, training
-from cybermesh.telemetry.cic_columns import OTHER_MEANING
 from cybermesh.detect.datasets import BENIGN, DatasetError, split_by_time
 from cybermesh.detect.engines.classifier import Classifier
 from cybermesh.detect.modelfile import encode
+from cybermesh.telemetry.cic_columns import OTHER_MEANING
 from cybermesh.telemetry.features import COLUMN, NAMES
 from tests.detect.flow_rows import LABELS, PERTURBATIONS, as_improved, flows, many, synthetic, trained, variant, write_table
 
