@@ -33,42 +33,46 @@ class Display:
         if self._live is not None:
             self._live.update(self._table())
             return
-        for entry in self._story.published:
-            line = f"{self._cells(entry)}"
+        for cells in self._rows():
+            line = "  ".join(cells)
             if line not in self._told:
                 self._told.add(line)
-                output.note("  ".join(self._cells(entry)))
+                output.note(line)
 
     def _table(self) -> Table:
         progress = self._plan.detector.source.progress
         share = "" if progress is None else f" · capture {100 * progress:.0f} %"
-        heights = sorted(self._story.heights.values())
-        table = Table(
-            title=f"blocks {heights[0] if heights else 0} to {heights[-1] if heights else 0}{share}",
-            title_justify="left",
-            expand=False,
-        )
+        height = max(self._story.heights.values(), default=0)
+        table = Table(title=f"{height} blocks{share}", title_justify="left", expand=False)
         for name in ("detection", "source → destination", "decided", "firewall"):
             table.add_column(name)
-        for entry in self._story.published[-ROWS_MAX:]:
-            table.add_row(*(Text(cell) for cell in self._cells(entry)))
+        for cells in self._rows()[-ROWS_MAX:]:
+            table.add_row(*(Text(cell) for cell in cells))
         return table
 
-    def _cells(self, entry: Published) -> tuple[str, str, str, str]:
-        detection = entry.detection
-        where = f"{detection.entity} → {detection.victim or '*'}{f':{detection.port}' if detection.port else ''}"
-        return f"{detection.type} ({detection.count:,})", where, *self._fate(entry)
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        """Return a row for each alert: its newest report, and what became of the policy that one of its reports proposed."""
+        alerts: dict[str, list[Published]] = {}
+        for entry in self._story.published:
+            alerts.setdefault(entry.detection.alert_id, []).append(entry)
+        rows = []
+        for reports in alerts.values():
+            newest = reports[-1].detection
+            where = f"{newest.entity} → {newest.victim or '*'}{f':{newest.port}' if newest.port else ''}"
+            proposed = [entry for entry in reports if entry.policy_id is not None]
+            decided, rule = self._fate(proposed[0]) if proposed else ("alert only", "")
+            rows.append((f"{newest.type} ({newest.count:,})", where, decided, rule))
+        return rows
 
     def _fate(self, entry: Published) -> tuple[str, str]:
-        """Return what the validators and the agent made of a detection."""
-        if entry.policy_id is None:
-            return "alert only", ""
+        """Return what the validators and the agent made of a proposed policy."""
         for seq, decided in self._story.decided.items():
             if decided.effect.request_id == entry.policy_id:
                 answer = self._story.outcomes.get(seq)
                 verb = f"{decided.effect.change} #{seq} at height {decided.height}"
                 return verb, f"{decided.effect.action} {answer[0].result}" if answer is not None else "…"
-        return self._story.fate(entry) or "…", ""
+        code = self._story.fate(entry)
+        return ("…" if code is None else "decided already" if code == "ALREADY_ACTIVE" else code), ""
 
     def __enter__(self) -> Self:
         if self._live is not None:
