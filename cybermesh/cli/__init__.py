@@ -42,6 +42,7 @@ COMMANDS = {
     "simulate": Command("simulate", "simulate", "Run consensus against seeded faults."),
     "keys": Command("keys", "keys", "Generate and show keys."),
     "config": Command("config", "config", "Check and show the settings."),
+    "bench": Command("bench", "app", "Measure this machine, beside the tool that users know."),
     "version": Command("version", "version", "Print the version."),
 }
 

@@ -15,7 +15,10 @@ import hashlib
 import importlib
 import os
 import stat
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,13 +53,28 @@ def load_kernels() -> None:
     settings: Any = numba.config
     folder = cache_folder()
     settings.CACHE_DIR = str(folder or "")
-    for name in _KERNELS:
-        importlib.import_module(f"cybermesh.telemetry.kernels.{name}")
+    with _without_scipy():
+        for name in _KERNELS:
+            importlib.import_module(f"cybermesh.telemetry.kernels.{name}")
     if folder is not None:
         try:
             (folder / _COMPLETE).touch()
         except OSError:  # full, or gone meanwhile: the next process finds out
             return
+
+
+@contextmanager
+def _without_scipy() -> Iterator[None]:
+    """Keep numba from importing SciPy, where it happens to be installed, for linear algebra that kernels do not use: 0.2 s."""
+    modules: dict[str, Any] = sys.modules
+    if "scipy.linalg" in modules:
+        yield
+        return
+    modules["scipy.linalg"] = None
+    try:
+        yield
+    finally:
+        del modules["scipy.linalg"]
 
 
 def _digest() -> str:

@@ -22,7 +22,8 @@ from cybermesh.telemetry.packets import PacketBatch
 from cybermesh.telemetry.sources import Source
 from cybermesh.telemetry.sources.choose import open_source
 
-LONG_BYTES = 64 << 20  # captures from here on are worth compiling for: the reference needs half a second or more for them
+LONG_BYTES = 32 << 20  # captures from here on are worth loading kernels for: the reference needs half a second or more
+COMPILE_BYTES = 4 * LONG_BYTES  # ... and from here on, compiling them
 _UNPACKED = 4  # a compressed capture is about so many times as long as its file
 
 
@@ -96,10 +97,11 @@ def choose(inputs: Iterable[str], *, tell: Callable[[str], None] | None = None) 
     """
     sizes = [_size(spec) for spec in inputs]
     known = sum(size for size in sizes if size is not None)
-    wanted = known >= LONG_BYTES or (None in sizes and is_compiled())
+    kept = is_compiled()
+    wanted = known >= (LONG_BYTES if kept else COMPILE_BYTES) or (None in sizes and kept)
     if not wanted or sys.byteorder != "little":  # the kernels read numbers as a little-endian machine lays them out
         return reference()
-    if tell is not None and not is_compiled():
+    if tell is not None and not kept:
         tell("compiling the meter for long captures: some seconds, the first time only")
     return compiled()
 

@@ -286,7 +286,7 @@ def test_two_million_spoofed_syns_stay_under_the_cap_and_cost_no_lasting_flow(co
 def test_short_and_unreadable_inputs_get_the_reference_and_long_ones_the_compiled_meter(tmp_path: Path) -> None:
     long = tmp_path / "long.pcap"
     with long.open("wb") as file:
-        file.truncate(metering.LONG_BYTES)
+        file.truncate(metering.COMPILE_BYTES)
     assert metering.choose([str(DEMO)]).name == "reference"
     assert metering.choose([str(tmp_path / "missing.pcap"), str(tmp_path)]).name == "reference"
     assert metering.choose([str(DEMO), f"pcap:{long}"]).name == "compiled"

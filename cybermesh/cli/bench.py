@@ -1,0 +1,146 @@
+"""``cybermesh bench``: measure this machine, and where it can be had, the tool that users know.
+
+Every measurement is a process of its own and the two tools take turns, so that both see the same machine. What is compared:
+reading a capture from the file system's cache into flows with all their statistics, without printing them. NFStream is timed
+inside its process, so its imports are never counted; ours are, in ``process_packets_per_s``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cybermesh.cli import output
+
+app = typer.Typer(no_args_is_help=True)
+
+_WARM_RUNS = 4  # in one process; the first warms up and is not counted
+_BYTES_PER_PACKET = 160  # of the captures, on disk, at most
+
+
+@app.callback()
+def bench() -> None:
+    """Measure this machine."""
+
+
+@dataclass(slots=True)
+class _Rates:
+    """Packets per second of every run on one capture, and what the runs needed."""
+
+    packets: int = 0
+    flows: int = 0
+    warm: list[float] = field(default_factory=list)
+    process: list[float] = field(default_factory=list)
+    both_cores: list[float] = field(default_factory=list)
+    nfstream: list[float] = field(default_factory=list)
+    peak_mb: float = 0.0
+
+
+@app.command()
+def flows(
+    packets: Annotated[int, typer.Option(min=100_000, help="Packets of the captures, at least.")] = 4_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the tools take turns.")] = 2,
+    folder: Annotated[Path | None, typer.Option("--dir", help="Where the captures go while they are needed.")] = None,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Meter large captures, alternating with NFStream.
+
+    The captures are made from the one that the package ships: one with about 10 packets per flow, one with hundreds.
+    NFStream is an extra: pip install 'cybermesh[bench]'.
+    """
+    if importlib.util.find_spec("nfstream") is None:
+        output.note("NFStream is not installed, so there is nothing to compare with: pip install 'cybermesh[bench]'")
+        other = None
+    else:
+        other = importlib.metadata.version("nfstream")
+    where = Path(folder or tempfile.gettempdir())
+    if not where.is_dir() or shutil.disk_usage(where).free < 2 * packets * _BYTES_PER_PACKET:
+        raise output.CommandError(f"{where}: has no room for two captures of {packets:,} packets; choose another --dir")
+    with tempfile.TemporaryDirectory(prefix="cybermesh-bench-", dir=where) as made:
+        usual, long = _make(Path(made), packets)
+        _worker("1", usual, 1)  # compiles what is not compiled yet
+        rates = [_take_turns(path, rounds, compare=other is not None) for path in (usual, long)]
+    result = _result(*rates) | {"rounds": rounds, "nfstream_version": other}
+    if as_json:
+        output.emit_one(result)
+    else:
+        for name, value in result.items():
+            sys.stdout.write(f"{name:32} {value if value is not None else '-'}\n")
+
+
+def _make(folder: Path, packets: int) -> tuple[Path, Path]:
+    from cybermesh.cli import bench_capture
+
+    usual, long = folder / "usual.pcap", folder / "long.pcap"
+    source = bench_capture.demo_capture()
+    output.note(f"making two captures of {packets:,} packets from {source.name}")
+    bench_capture.write(bench_capture.usual(source), usual, packets)
+    bench_capture.write(bench_capture.long_flows(source), long, packets)
+    return usual, long
+
+
+def _take_turns(capture: Path, rounds: int, *, compare: bool) -> _Rates:
+    rates = _Rates()
+    for number in range(rounds):
+        output.note(f"{capture.name}: round {number + 1} of {rounds}")
+        began = time.perf_counter()
+        told = _worker("1", capture, 1)
+        rates.process.append(told["packets"] / (time.perf_counter() - began))
+        rates.packets, rates.flows, rates.peak_mb = told["packets"], told["flows"], max(rates.peak_mb, told["peak_rss_mb"])
+        for what, into in (("1", rates.warm), ("2", rates.both_cores)):
+            told = _worker(what, capture, _WARM_RUNS)
+            into += [rates.packets / seconds for seconds in told["seconds"][1:]]
+            if what == "1":
+                rates.peak_mb = max(rates.peak_mb, told["peak_rss_mb"])
+        if compare:
+            rates.nfstream += [rates.packets / seconds for seconds in _worker("nfstream", capture, 1)["seconds"]]
+    return rates
+
+
+def _worker(what: str, capture: Path, times: int) -> dict[str, typing.Any]:
+    command = [sys.executable, "-m", "cybermesh.cli.bench_worker", what, str(capture), str(times)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603 - our own module
+    if done.returncode != 0:
+        raise output.CommandError(f"measuring '{what}' failed with exit code {done.returncode}; its error is above")
+    told: dict[str, typing.Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def _result(usual: _Rates, long: _Rates) -> dict[str, object]:
+    """Return the figures: medians of all runs, and their ratios."""
+
+    def rate(values: list[float]) -> int | None:
+        return round(statistics.median(values)) if values else None
+
+    def ratio(ours: list[float], theirs: list[float]) -> float | None:
+        return round(statistics.median(ours) / statistics.median(theirs), 1) if ours and theirs else None
+
+    return {
+        "capture_packets": usual.packets,
+        "capture_flows": usual.flows,
+        "warm_packets_per_s": rate(usual.warm),
+        "process_packets_per_s": rate(usual.process),
+        "two_threads_packets_per_s": rate(usual.both_cores),
+        "nfstream_packets_per_s": rate(usual.nfstream),
+        "ratio_warm": ratio(usual.warm, usual.nfstream),
+        "ratio_process": ratio(usual.process, usual.nfstream),
+        "long_capture_packets": long.packets,
+        "long_capture_flows": long.flows,
+        "long_warm_packets_per_s": rate(long.warm),
+        "nfstream_long_packets_per_s": rate(long.nfstream),
+        "ratio_long_flows": ratio(long.warm, long.nfstream),
+        "peak_rss_mb": round(max(usual.peak_mb, long.peak_mb)),
+    }

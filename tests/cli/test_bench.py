@@ -1,0 +1,67 @@
+"""The benchmark's captures are what it says they are, and what it measures meters all of them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cybermesh.cli import bench_capture, bench_worker
+from cybermesh.cli.bench import _Rates, _result
+from cybermesh.telemetry import metering
+from cybermesh.telemetry.features import COLUMN
+
+
+def metered(path: Path) -> np.ndarray:
+    how = metering.reference()
+    meter = how.new_meter(retain=1 << 30)
+    with closing(how.open_source(str(path))) as source:
+        parts = [meter.add(batch).features for batch in source.batches()]
+        assert not source.counters.ended
+        assert not source.counters.skipped
+    return np.concatenate([*parts, meter.flush().features])
+
+
+def test_the_usual_capture_has_ten_packets_a_flow_and_every_copy_its_own_flows(tmp_path: Path) -> None:
+    template = bench_capture.usual(bench_capture.demo_capture())
+    written = bench_capture.write(template, tmp_path / "usual.pcap", 20_000)
+    flows = metered(tmp_path / "usual.pcap")
+    packets = flows[:, COLUMN["tot_fwd_pkts"]] + flows[:, COLUMN["tot_bwd_pkts"]]
+    copies, rest = divmod(written, len(template.at))
+    assert (copies, rest) == (-(-20_000 // len(template.at)), 0)
+    assert packets.sum() == written
+    assert 9 < packets.mean() < 11
+    assert len(flows) % copies == 0
+
+
+def test_the_long_capture_has_flows_of_hundreds_of_packets(tmp_path: Path) -> None:
+    template = bench_capture.long_flows(bench_capture.demo_capture())
+    written = bench_capture.write(template, tmp_path / "long.pcap", 40_000)
+    flows = metered(tmp_path / "long.pcap")
+    packets = flows[:, COLUMN["tot_fwd_pkts"]] + flows[:, COLUMN["tot_bwd_pkts"]]
+    assert packets.sum() == written
+    assert packets.mean() > 200
+
+
+def test_a_worker_tells_what_it_metered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = bench_capture.write(bench_capture.usual(bench_capture.demo_capture()), tmp_path / "usual.pcap", 10_000)
+    for workers in ("1", "2"):
+        bench_worker.main(workers, str(tmp_path / "usual.pcap"), 2)
+        told = json.loads(capsys.readouterr().out)
+        assert told["packets"] == written
+        assert told["flows"] == len(metered(tmp_path / "usual.pcap"))
+        assert len(told["seconds"]) == 2
+        assert 50 < told["peak_rss_mb"] < 4_000
+
+
+def test_ratios_are_of_medians_and_unknown_without_the_other_tool() -> None:
+    usual = _Rates(packets=4_000_000, warm=[9e6, 1e6, 10e6], process=[3e6], nfstream=[1e5, 3e5], peak_mb=200.4)
+    long = _Rates(packets=5_000_000, warm=[12e6], process=[3e6], nfstream=[4e5], peak_mb=210.4)
+    result = _result(usual, long)
+    assert (result["ratio_warm"], result["ratio_process"], result["ratio_long_flows"]) == (45.0, 15.0, 30.0)
+    assert (result["capture_packets"], result["warm_packets_per_s"], result["peak_rss_mb"]) == (4_000_000, 9_000_000, 210)
+    alone = _result(_Rates(warm=[1e6]), _Rates())
+    assert (alone["nfstream_packets_per_s"], alone["ratio_warm"], alone["ratio_process"]) == (None, None, None)
