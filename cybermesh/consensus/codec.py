@@ -336,6 +336,7 @@ def _block_in(wire: pb.Block) -> Block:
     header = Header.decode(wire.header)
     _round(header.round)
     _number(header.height, "height")
+    _number(header.time_ms, "time")
     return Block(
         header,
         _qc_in(wire.qc),

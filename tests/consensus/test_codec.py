@@ -57,7 +57,7 @@ votes = st.builds(Vote, epochs, rounds, digests, rounds, digests, voters, signat
 timeouts = st.builds(Timeout, epochs, rounds, qcs, st.none() | tcs, voters, signatures)
 u64 = st.integers(0, 2**64 - 1)
 headers = st.builds(
-    Header, st.integers(0, 2**16 - 1), digests, epochs, rounds, rounds, st.integers(0, 2**16 - 1), u64, digests, u64, u64,
+    Header, st.integers(0, 2**16 - 1), digests, epochs, rounds, rounds, st.integers(0, 2**16 - 1), rounds, digests, u64, u64,
     digests, digests, digests, digests, u64,
 )  # fmt: skip
 blocks = st.builds(Block, headers, qcs, st.none() | tcs, st.lists(st.binary(max_size=20), max_size=4).map(tuple), signatures)
@@ -139,6 +139,7 @@ def wire_block(**fields) -> bytes:
         pytest.param(b"\xff" * 20, id="no protobuf"),
         pytest.param(b"\x00" * (MESSAGE_BYTES_MAX + 1), id="too long"),
         pytest.param(wire_block(header=bytes(247), signature=bytes(64)), id="a short header"),
+        pytest.param(wire_block(header=bytes(56) + b"\x80" + bytes(191), signature=bytes(64)), id="a time without a successor"),
         pytest.param(
             wire_block(header=bytes(248), payload=[b""] * (PAYLOAD_COUNT_MAX + 1), signature=bytes(64)),
             id="too many transactions",

@@ -161,6 +161,9 @@ def test_r3_an_equivocating_leader_gets_one_vote_and_an_accusation(bench, follow
         pytest.param({"payload": [b""]}, "transaction", id="an invalid transaction"),
         pytest.param({"payload_root": bytes(32)}, "payload", id="another payload than the header's"),
         pytest.param({"time_ms": 1_700_000_000_000 + 30_000}, "time", id="too far ahead of the clock"),
+        pytest.param(
+            {"time_ms": 1_700_000_000_000 + 30_000, "state_root": bytes(32)}, "time", id="too far ahead, and so not executed"
+        ),
     ],
 )
 def test_r3_a_proposal_that_is_not_what_execution_gives_gets_no_vote(bench, follower, options, reason):

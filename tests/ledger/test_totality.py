@@ -102,3 +102,11 @@ def test_any_anomaly_gives_a_receipt(changes: dict[str, object]) -> None:
         payload=payload, model_version="", producer_id=b"", nonce=b"", signature=b"", pubkey=b"",
     )  # fmt: skip
     assert applied(world, transaction(sign(blank, world.stamp("solo")))) is Code.OK
+
+
+def test_the_last_time_that_a_header_can_carry_gives_receipts() -> None:
+    """Consensus hands over times below 2^63: what falls due then still fits the 64 bits of the ledger's numbers."""
+    world = World()
+    world.apply(*world.case("solo", "p1"), world.command("alice", "key_ring", remove=["00" * 32]))
+    world.now_ms = 2**63 - 1
+    assert applied(world, world.anomaly("solo", "x", stamp=world.stamp("solo", ts_ms=0))) is Code.STALE
