@@ -5,7 +5,8 @@ Rules:
   is durable before the first message of the same step leaves. While the safety file cannot be written the node is silent; it
   tries again for ever, so a full disk heals by itself.
 * Every queue is bounded. A full inbox makes the transport's queues fill, whose overflow is stated there; a store that is slow
-  to take commits makes this task wait (back-pressure); block requests beyond a few at a time are dropped, they are repeated.
+  to take commits makes this task wait (back-pressure); block requests beyond one of each peer and a few in all are dropped,
+  they are repeated.
 * Commits are handed over oldest first and each at least once: after a restart the newest may come again, the store compares
   heights. The journal forgets a block only after its commit was taken.
 """
@@ -167,6 +168,7 @@ class Driver(Generic[S]):
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
         self._commits: asyncio.Queue[Commit[S]] = asyncio.Queue(_HAND_OVER_MAX)
         self._requests: asyncio.Queue[ServeBlocks] = asyncio.Queue(_SERVE_MAX)
+        self._served: set[int] = set()
         self._room = asyncio.Event()
         self._is_poked = False
         self._replica: Replica[S] | None = None
@@ -287,9 +289,10 @@ class Driver(Generic[S]):
     def _note(self, effect: ServeBlocks | Refuse | Accuse | StopVoting | Halt) -> None:
         match effect:
             case ServeBlocks():
-                if self._requests.full():
+                if self._requests.full() or effect.to in self._served:
                     self.counters.unserved += 1
                 else:
+                    self._served.add(effect.to)
                     self._requests.put_nowait(effect)
             case Refuse(sender, reason):
                 self.counters.refused[sender, reason] += 1
@@ -339,3 +342,4 @@ class Driver(Generic[S]):
             answer = splice(self._parts.committee.epoch, request, stored)
             if answer is not None:
                 self._send([request.to], answer)
+            self._served.discard(request.to)

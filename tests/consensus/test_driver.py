@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cybermesh.consensus.codec import encode_message
 from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.driver import Driver, HaltedError, Shell
 from cybermesh.consensus.events import Commit, SafetyRecord
@@ -22,7 +23,7 @@ from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.simulator.application import LogApplication, LogState
 from cybermesh.consensus.transport import Kind
 from cybermesh.consensus.transport.memory import MemoryNetwork
-from cybermesh.consensus.types import Block, Evidence, QuorumCert
+from cybermesh.consensus.types import Block, Evidence, GetBlocks, Height, QuorumCert
 from cybermesh.keys import SigningKey, verify
 
 pytestmark = pytest.mark.looptime
@@ -399,3 +400,34 @@ async def test_a_full_mempool_says_so_and_room_comes_with_the_next_commit(cluste
             while driver.submit(late) is Admission.FULL:
                 await driver.room()
         await cluster.until_committed(b"more", 0, 1, 2, 3)
+
+
+async def test_a_storm_of_questions_from_one_validator_leaves_room_for_another(cluster: Cluster):
+    """Answers are made of the database: each peer has one under way, the rest of its questions are dropped and counted."""
+    async with cluster.running(0, 1, 2, 3):
+        await settle()
+        cluster.submit(b"something to ask for", 0, 1, 2, 3)
+        await cluster.until_committed(b"something to ask for", 0, 1, 2, 3, limit_s=1)
+        driver = cluster.drivers[0]
+        tip = cluster.stores[0].chain[-1]
+        question = encode_message(GetBlocks(cluster.committee.epoch, Height(1), tip.hash))
+        asked = asyncio.Event()
+        release = asyncio.Event()
+
+        async def slow(from_height: int, count_max: int) -> Sequence[Block]:
+            asked.set()
+            await release.wait()
+            return cluster.stores[0].chain[from_height - 1 : from_height - 1 + count_max]
+
+        cluster.stores[0].blocks = slow  # type: ignore[method-assign]
+        for _ in range(50):
+            cluster.network.peer(1).send(0, Kind.GET_BLOCKS, question)  # type: ignore[union-attr]
+            await asyncio.sleep(0.002)
+        await asked.wait()
+        cluster.network.peer(2).send(0, Kind.GET_BLOCKS, question)  # type: ignore[union-attr]
+        await asyncio.sleep(0.01)
+        assert driver.counters.unserved == 49
+        before = driver.counters.sent[Kind.BLOCKS.value]
+        release.set()
+        await asyncio.sleep(0.01)
+        assert driver.counters.sent[Kind.BLOCKS.value] - before == 2
