@@ -24,6 +24,7 @@ from ipaddress import IPv4Network, IPv6Network
 import orjson
 
 from cybermesh.addresses import AddressError, Network, parse_network
+from cybermesh.strictjson import is_printable
 
 KEY_BYTES = 32
 VALIDATORS_MAX = 64
@@ -329,7 +330,7 @@ def _check_values(value: object, path: str) -> None:
 def _check_value(item: object, where: str, within: tuple[int, int] | None) -> None:
     if within is not None and not (isinstance(item, int) and within[0] <= item <= within[1]):
         raise GenesisError(where, f"must be {within[0]} to {within[1]}")
-    if isinstance(item, str) and not (0 < len(item) <= _NAME_MAX and item.isprintable()):
+    if isinstance(item, str) and not (0 < len(item) <= _NAME_MAX and is_printable(item)):
         raise GenesisError(where, f"must be 1 to {_NAME_MAX} printable characters")
     if isinstance(item, bytes) and len(item) != KEY_BYTES:
         raise GenesisError(where, f"must be {KEY_BYTES} bytes")

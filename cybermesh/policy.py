@@ -38,7 +38,7 @@ PORT_PROTOCOLS: Final = frozenset({"tcp", "udp", "sctp"})
 PROTOCOLS: Final = PORT_PROTOCOLS | {"icmp", "icmpv6", "gre", "esp", "ah"}
 
 _ID: Final = re.compile(r"[!-~]{1,128}")
-_LEGACY: Final = re.compile(r"pre_consensus_\w+|fast_path_\w+|rollback_if_no_commit_after_s|approval_required")
+_LEGACY: Final = re.compile(r"pre_consensus_\w+|fast_path_\w+|rollback_if_no_commit_after_s|approval_required", re.ASCII)
 
 
 class PolicyError(Exception):

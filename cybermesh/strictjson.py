@@ -15,6 +15,12 @@ from typing import Final, NoReturn, TypeVar
 
 TEXT_CHARS_MAX: Final = 256
 _SHOWN_CHARS_MAX: Final = 64
+# By code points and not by ``str.isprintable``, whose answer changes with the Unicode tables of the interpreter: two validators
+# must not disagree about a policy because one of them knows a newer alphabet.
+_UNPRINTABLE: Final = re.compile(
+    r"[\x00-\x1f\x7f-\xa0\xad\u061c\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000"
+    r"\ud800-\uf8ff\ufeff\ufff0-\uffff\U000e0000-\U0010ffff]"
+)
 
 T = TypeVar("T")
 E = TypeVar("E", bound=enum.StrEnum)
@@ -163,13 +169,18 @@ def show(value: object) -> str:
     return repr(value[:_SHOWN_CHARS_MAX]) if isinstance(value, str) else _kind(value)
 
 
+def is_printable(text: str) -> bool:
+    """Return whether the text has no control, invisible or private character: the same answer on every interpreter."""
+    return _UNPRINTABLE.search(text) is None
+
+
 def text_of(value: object, path: str, chars_max: int = TEXT_CHARS_MAX) -> str:
     """Return ``value`` if it is printable text of at most ``chars_max`` characters, else raise ``JsonError``."""
     if not isinstance(value, str):
         raise JsonError(path, f"expected text, got {_kind(value)}")
     if len(value) > chars_max:
         raise JsonError(path, f"{len(value)} characters, more than {chars_max}")
-    if not value.isprintable():
+    if not is_printable(value):
         raise JsonError(path, "has characters that cannot be printed")
     return value
 

@@ -346,3 +346,28 @@ def test_any_value_anywhere_gives_a_policy_or_a_policy_error(top: str, inner: st
 def test_any_bytes_give_a_policy_error(data: bytes) -> None:
     with pytest.raises(PolicyError):
         parse(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_fine"), [("Straße 7", True), ("\u0378", True), ("a\u200bb", False), ("\x7f", False), ("\n", False)]
+)
+def test_what_may_stand_in_a_text_does_not_depend_on_the_interpreters_unicode_tables(text: str, is_fine: bool) -> None:
+    """U+0378 is not assigned: an interpreter that knows a newer alphabet would take what another one refuses."""
+    body = {
+        "policy_id": "p", "rule_type": "block", "action": "drop", "tenant": text,
+        "target": {"ips": ["203.0.113.7"]}, "guardrails": {"ttl_seconds": 60},
+    }  # fmt: skip
+    if is_fine:
+        assert parse(body).tenant == text
+    else:
+        with pytest.raises(PolicyError, match="tenant"):
+            parse(body)
+
+
+def test_a_legacy_key_has_ascii_letters_only() -> None:
+    body = {
+        "policy_id": "p", "rule_type": "block", "action": "drop", "fast_path_\u00e4": 1,
+        "target": {"ips": ["203.0.113.7"]}, "guardrails": {"ttl_seconds": 60},
+    }  # fmt: skip
+    with pytest.raises(PolicyError, match="unknown key"):
+        parse(body)

@@ -15,6 +15,7 @@ from typing import Final
 from cybermesh.addresses import AddressError, parse_network
 from cybermesh.ledger.decisions import end_decision
 from cybermesh.ledger.draft import Draft
+from cybermesh.ledger.encoding import encode
 from cybermesh.ledger.governance import Grant, rule_key
 from cybermesh.ledger.index import Span, spans_of
 from cybermesh.ledger.keyring import KeyChange, apply_key_change, read_key_change, read_member_change
@@ -197,7 +198,7 @@ def _key_ring(draft: Draft, message: OperatorCommand, reader: Reader) -> Verdict
     fault = change.fault(draft)
     if fault is not None:
         return Verdict(Code.BAD_COMMAND, fault)
-    operators = _signatures(draft, message, repr(change))
+    operators = _signatures(draft, message, encode(change).decode())
     if isinstance(operators, Verdict):
         return operators
     apply_key_change(draft, change)

@@ -235,3 +235,13 @@ def test_deeply_nested_params_are_refused_alike_everywhere() -> None:
     applied = world.try_apply(world.command("alice", "revoke", policy_id="p", extra=deep))
     assert isinstance(applied, Applied)
     assert (applied.receipts[0].code, applied.receipts[0].detail) == (Code.BAD_COMMAND, "")
+
+
+def test_a_change_is_named_by_its_canonical_bytes_and_not_by_how_an_interpreter_shows_it() -> None:
+    """An unassigned character is shown differently by interpreters with different Unicode tables."""
+    world = World()
+    command = world.command("alice", "key_ring", add=[register("east-\u0378")])
+    (receipt,) = world.apply(command)
+    assert receipt.code is Code.AWAITING_OPERATORS
+    (effect,) = [effect for effect in receipt.effects if isinstance(effect, OperatorEffect)]
+    assert effect.subject == "772e8f04532c9c467b3ba5a0273a79a404d990b480af1d8619d0b13eeabbf424"
