@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from cybermesh.envelope import EnvelopeError
 from cybermesh.genesis import Genesis
+from cybermesh.ledger.draft import Draft
 from cybermesh.ledger.receipts import JUNK
 from cybermesh.ledger.state import (
     Applied,
@@ -70,26 +71,44 @@ def choose(
     ``is_time_up`` is asked before each transaction after the first: the caller's clock ends the choice, never its rules.
     """
     limits, draft = state.genesis.block_limits, state.draft(height=height, time_ms=time_ms)
+    count_max = min(limits.proposal_transactions, limits.transactions)
+    size_max = min(limits.proposal_bytes, limits.size_bytes)
     payload: list[bytes] = []
-    refused: list[bytes] = []
+    admitted, refused = _admitted(state, draft, candidates)
     size = 0
-    # The first byte is the kind, numbered in the order in which messages refer to each other; the sort keeps arrival order.
-    for raw in sorted(dict.fromkeys(candidates), key=lambda transaction: transaction[:1]):
-        if len(payload) >= limits.proposal_transactions or (payload and is_time_up()):
+    for raw, message in admitted:
+        if len(payload) >= count_max or (payload and is_time_up()):
             break
-        if payload and size + len(raw) > limits.proposal_bytes:
+        if payload and size + len(raw) > size_max:
             continue
-        try:
-            message = read_transaction(raw, accept_unbound_fields=state.genesis.wire.accept_unbound_fields)
-        except EnvelopeError:
-            refused.append(raw)
-            continue
-        if admit(draft, message) in JUNK or reduce_message(draft, message).code in JUNK:
+        if reduce_message(draft, message).code in JUNK:
             refused.append(raw)
             continue
         payload.append(raw)
         size += len(raw)
     return Choice(tuple(payload), tuple(refused))
+
+
+def _admitted(state: State, draft: Draft, candidates: Sequence[bytes]) -> tuple[list[tuple[bytes, SignedMessage]], list[bytes]]:
+    """Return the candidates that are no junk, in the order of a block, and the others.
+
+    All are asked before any is treated, as when a block is applied: else a command of this block could let in the messages of
+    a key that the block itself will not know, and the proposer's own block would be invalid.
+    """
+    admitted: list[tuple[bytes, SignedMessage]] = []
+    refused: list[bytes] = []
+    # The first byte is the kind, numbered in the order in which messages refer to each other; the sort keeps arrival order.
+    for raw in sorted(dict.fromkeys(candidates), key=lambda transaction: transaction[:1]):
+        try:
+            message = read_transaction(raw, accept_unbound_fields=state.genesis.wire.accept_unbound_fields)
+        except EnvelopeError:
+            refused.append(raw)
+            continue
+        if admit(draft, message) in JUNK:
+            refused.append(raw)
+        else:
+            admitted.append((raw, message))
+    return admitted, refused
 
 
 def execute(state: State, block: LedgerBlock) -> Applied | None:

@@ -13,7 +13,7 @@ from cybermesh.ledger.receipts import JUNK, Code
 from cybermesh.ledger.state import Applied
 from cybermesh.messages import Anomaly
 from tests.ledger.history import History
-from tests.ledger.world import World, codes, deployment, policy
+from tests.ledger.world import World, codes, deployment, key, policy
 
 
 def test_anomaly_comes_before_evidence_before_policy_whatever_the_order_of_arrival() -> None:
@@ -119,3 +119,23 @@ def test_a_forwarded_message_is_admitted_when_a_block_now_would_take_it() -> Non
     assert would_admit(world.state, b"\x01", world.now_ms) is None
     world.apply(good)
     assert would_admit(world.state, good, world.now_ms) is None
+
+
+def test_a_key_that_a_block_adds_is_unknown_in_that_block_so_its_proposer_leaves_its_messages_out() -> None:
+    """Else more of them than the junk a block may hold would make an honest proposer's own block invalid."""
+    world = World(deployment(governance=g.Governance(operators_needed=1)))
+    added = [{"name": "carol", "pubkey": key("carol").public.hex()}]
+    change = world.command("alice", "key_ring", add_operators=added)
+    early = [world.command("carol", "label", anomaly_id=f"a{i}", label="benign") for i in range(20)]
+    chosen = choose(world.state, height=1, time_ms=world.now_ms, candidates=[change, *early])
+    assert chosen.payload == (change,)
+    assert codes(world.apply(*chosen.payload)) == [Code.OK]
+
+
+def test_a_proposers_limits_above_those_of_the_block_do_not_count() -> None:
+    limits = g.BlockLimits(transactions=3, proposal_transactions=10)
+    world = World(deployment(block_limits=limits))
+    sent = [world.anomaly("solo", f"a{i}") for i in range(5)]
+    chosen = choose(world.state, height=1, time_ms=world.now_ms, candidates=sent)
+    assert chosen.payload == tuple(sent[:3])
+    assert codes(world.apply(*chosen.payload)) == [Code.OK] * 3
