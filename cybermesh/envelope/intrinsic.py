@@ -145,7 +145,7 @@ def _taken_from_content(message: S, content: dict[str, object]) -> S:
 def _fits(name: str, value: object) -> bool:
     """Return whether a value of the content may stand in the outer field: the limits of ``structure``."""
     if isinstance(value, str):
-        return len(value.encode()) <= (ID_MAX if name == "id" else TEXT_MAX)
+        return "\0" not in value and len(value.encode()) <= (ID_MAX if name == "id" else TEXT_MAX)
     if isinstance(value, float):
         return 0.0 <= value <= 1.0
     return isinstance(value, int) and 1 <= value <= 10

@@ -1,6 +1,7 @@
 """Structure and sizes of messages: what every field must look like before anything is computed from it.
 
-Rules: lengths of texts are bytes of UTF-8; required fields are not empty; times are not negative. The size of the content
+Rules: lengths of texts are bytes of UTF-8; required fields are not empty; times are not negative; no text has a zero character,
+which some databases cannot hold, so that what one validator can store every other one can. The size of the content
 (payload, params, proof blob) has its own code and its own place in the order on the wire, so it has its own function.
 """
 
@@ -53,12 +54,19 @@ def _check_id(place: str, value: str) -> None:
     length = len(value) if value.isascii() else len(value.encode())
     if not 0 < length <= ID_MAX:
         raise _fail(place, f"must be 1 to {ID_MAX} bytes, has {length}")
+    _check_no_zero(place, value)
 
 
 def _check_text(place: str, value: str) -> None:
     length = len(value) if value.isascii() else len(value.encode())
     if length > TEXT_MAX:
         raise _fail(place, f"must be at most {TEXT_MAX} bytes, has {length}")
+    _check_no_zero(place, value)
+
+
+def _check_no_zero(place: str, value: str) -> None:
+    if "\0" in value:
+        raise _fail(place, "has a zero character")
 
 
 def _check_name(place: str, value: str) -> None:

@@ -144,6 +144,8 @@ FAULTS: dict[str, tuple[Callable[[], tuple[TxKind, bytes]], Code, str]] = {
     ),
     "another message's bytes": (lambda: (TxKind.EVIDENCE, encode(ANOMALY)), Code.MALFORMED, "Evidence"),
     "id missing": (lambda: raw(ANOMALY, id=""), Code.STRUCTURE, "id"),
+    "id with a zero": (lambda: raw(ANOMALY, id="a\0b"), Code.STRUCTURE, "id"),
+    "source with a zero": (lambda: raw(ANOMALY, source="\0"), Code.STRUCTURE, "source"),
     "id too long": (lambda: raw(ANOMALY, id="x" * 129), Code.STRUCTURE, "id"),
     "id too long in bytes": (lambda: raw(ANOMALY, id="é" * 65), Code.STRUCTURE, "id"),
     "type missing": (lambda: raw(ANOMALY, type=""), Code.STRUCTURE, "type"),
