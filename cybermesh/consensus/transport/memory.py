@@ -5,11 +5,10 @@ Opening an endpoint connects it to every open one and both sides learn of it; cl
 
 from __future__ import annotations
 
-import asyncio
 from types import TracebackType
 
 from cybermesh.consensus.transport import Frame, Kind
-from cybermesh.consensus.transport.queues import PeerQueue
+from cybermesh.consensus.transport.inbox import Inbox
 
 
 class MemoryNetwork:
@@ -47,9 +46,7 @@ class MemoryTransport:
     def __init__(self, network: MemoryNetwork, index: int) -> None:
         self.index = index
         self._network = network
-        self._queues: dict[int, PeerQueue] = {}
-        self._turns: list[int] = []
-        self._has_frames = asyncio.Event()
+        self._inbox = Inbox()
 
     def __enter__(self) -> MemoryTransport:
         self._network.attach(self)
@@ -61,21 +58,15 @@ class MemoryTransport:
     @property
     def lost(self) -> int:
         """How many frames overflowed on their way here."""
-        return sum(queue.superseded + queue.dropped for queue in self._queues.values())
+        return self._inbox.lost
 
     def connected(self, peer: int) -> None:
         """Begin a connection: nothing of an earlier one arrives any more."""
-        queue = self._queues.setdefault(peer, PeerQueue())
-        queue.clear()
-        self.deliver(peer, Kind.SYNC, b"")
+        self._inbox.connected(peer)
 
     def deliver(self, peer: int, kind: Kind, data: bytes) -> None:
         """Take a frame of ``peer``."""
-        queue = self._queues[peer]
-        if queue.put(kind, data):
-            if peer not in self._turns:
-                self._turns.append(peer)
-            self._has_frames.set()
+        self._inbox.put(peer, kind, data)
 
     def send(self, peer: int, kind: Kind, data: bytes) -> None:
         """Hand a frame to the peer's endpoint if it is open."""
@@ -85,12 +76,4 @@ class MemoryTransport:
 
     async def receive(self) -> Frame:
         """Return the next frame, one of each peer in turn."""
-        while not self._turns:
-            self._has_frames.clear()
-            await self._has_frames.wait()
-        peer = self._turns.pop(0)
-        queue = self._queues[peer]
-        data = queue.take()
-        if queue:
-            self._turns.append(peer)
-        return Frame(peer, data)
+        return await self._inbox.take()
