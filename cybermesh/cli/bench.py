@@ -50,6 +50,27 @@ class _Rates:
 
 
 @app.command()
+def idle(
+    seconds: Annotated[float, typer.Option(min=1, max=3_600, help="How long to measure.")] = 30,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Measure what four validators cost while nothing happens."""
+    import asyncio
+    import dataclasses
+
+    from cybermesh import log
+    from cybermesh.demo.idle import measure
+
+    log.configure(level="error")
+    result = dataclasses.asdict(asyncio.run(measure(seconds)))
+    if as_json:
+        output.emit_one(result)
+    else:
+        for name, value in result.items():
+            sys.stdout.write(f"{name:32} {value}\n")
+
+
+@app.command()
 def flows(
     packets: Annotated[int, typer.Option(min=100_000, help="Packets of the captures, at least.")] = 4_000_000,
     rounds: Annotated[int, typer.Option(min=1, help="How often the tools take turns.")] = 2,

@@ -96,14 +96,15 @@ class Assembly:
         self._network = MemoryNetwork(VALIDATORS)
         self.mesh = Mesh(plan())
 
-    async def open(self, stack: AsyncExitStack, backend: Backend, detector: Detector) -> Mesh:
-        """Make every role; what they hold open is closed with ``stack``."""
+    async def open(self, stack: AsyncExitStack, backend: Backend, detector: Detector | None) -> Mesh:
+        """Make every role, the ai only if there is something to detect with; ``stack`` closes what they hold open."""
         await stack.enter_async_context(self._bus)
         for number in range(1, VALIDATORS + 1):
             if number not in self._stopped:
                 await self._add_validator(stack, number)
         self._add_agent(stack, backend)
-        self._add_ai(stack, detector)
+        if detector is not None:
+            self._add_ai(stack, detector)
         return self.mesh
 
     async def run(self) -> None:
