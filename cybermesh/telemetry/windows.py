@@ -51,7 +51,7 @@ COUNTS = (
     "unreachable",  # ICMP unreachable answers of any kind, refused attempts or not
     "sessions",  # established connections that ended
     "short_sessions",  # of these: a dialogue in both directions, at most 60 s and 16 kB either way (an authentication attempt)
-    "empty_sessions",  # of these: nothing sent by the initiator (a connect scan's or a health check's shape)
+    "empty_sessions",  # of these: nothing said by either side (a connect scan's or a health check's shape)
     "login_failures",  # refusals in clear text: FTP 530, POP3 -ERR, SMTP 535
 )
 

@@ -30,6 +30,7 @@ SHORT_SESSION_US = 60_000_000
 SHORT_SESSION_BYTES = 16_384
 _HANDSHAKE_BONUS_HOPS = 600
 _FIRST_CLIENT_PORT = 1024
+_FIRST_EPHEMERAL_PORT = 32_768  # of Linux, the lowest in wide use
 _NEVER = np.iinfo(np.int64).max
 _AT = {name: index for index, name in enumerate(COUNTS)}
 
@@ -220,7 +221,9 @@ def _begin(state: npt.NDArray[np.void], g: _Grouped, hop: int) -> None:
     state["b_opened"] = np.where(begins, g.from_b[lead] != receiver_opened, state["b_opened"])
     state["first_us"] = np.where(begins, p.ts_us[lead], state["first_us"])
     bare = (p.payload[head] == 0) & np.isin(p.flags[head] & (FIN | SYN | RST | ACK), (ACK, FIN | ACK))
-    state["stray"] |= begins & tcp & bare & ~receiver_opened
+    # Servers on high ports keep alive and end what a rebooted client has forgotten: only a listener's port is probed.
+    to_listener = p.dport[head] < _FIRST_EPHEMERAL_PORT
+    state["stray"] |= begins & tcp & bare & to_listener & ~receiver_opened
     port = np.where(state["b_opened"] == g.from_b[head], p.dport[head], p.sport[head])
     state["service"] = np.where(begins, np.where(tcp, _PORT_SERVICE[port], 0), state["service"])
 
@@ -345,7 +348,7 @@ def _sessions(state: npt.NDArray[np.void], g: _Grouped, counts: npt.NDArray[np.i
     small = (state["payload_out"] <= SHORT_SESSION_BYTES) & (state["payload_in"] <= SHORT_SESSION_BYTES)
     counts[:, _AT["sessions"]] = ended
     counts[:, _AT["short_sessions"]] = ended & dialogue & small & (took_us <= SHORT_SESSION_US)
-    counts[:, _AT["empty_sessions"]] = ended & (state["payload_out"] == 0)
+    counts[:, _AT["empty_sessions"]] = ended & (state["payload_out"] == 0) & (state["payload_in"] == 0)
     state["ended"] |= ended
 
 

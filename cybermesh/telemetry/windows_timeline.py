@@ -5,7 +5,9 @@ Rules:
 2. A packet far behind or more than an hour ahead is a stray: it is counted in the current hop and moves nothing, until
    ``CONFIRM`` strays in a row agree with each other. Then the clock has stepped: forward steps are time that passed (the
    windows empty), backward steps are a new clock (the windows go on from where they are).
-3. The result depends on the packets' order only, not on how they are cut into blocks.
+3. A forward step counts as ``JUMP_US``, longer than any window, however far it went; so no sequence of hostile clocks, forwards
+   and back again, adds up to more than an integer holds.
+4. The result depends on the packets' order only, not on how they are cut into blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ HOP_US = 1_000_000
 SLACK_US = 5_000_000  # disorder that capture queues and merged files show
 JUMP_US = 3_600_000_000  # the meter's figure for a forward jump that needs confirmation
 CONFIRM = 64
+_FARTHEST_US = 1 << 61  # times beyond, 73,000 years from 1970, count as this one
 
 
 class Timeline:
@@ -35,6 +38,7 @@ class Timeline:
         """Return the hop of each packet, int64[n], non-decreasing also from call to call."""
         if len(ts_us) == 0:
             return np.zeros(0, np.int64)
+        ts_us = np.clip(ts_us, -_FARTHEST_US, _FARTHEST_US)
         if self._now is None:
             self._now = int(ts_us[0])
         moved = ts_us + self._offset
@@ -60,7 +64,7 @@ class Timeline:
         if self._stray_run >= CONFIRM:
             self.steps += 1
             self._stray_run = 0
-            if at < self._now:
-                self._offset += self._now - at
-            self._now = max(self._now, at)
+            stepped = self._now if at < self._now else self._now + JUMP_US
+            self._offset += stepped - at
+            self._now = stepped
         return self._now

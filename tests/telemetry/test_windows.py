@@ -143,8 +143,10 @@ def test_a_session_counts_as_short_only_if_both_sides_spoke_and_little() -> None
             Packet(0.31, B, A, 22, sport, 6, FIN | ACK),
         ]
 
-    found = rows([*ended(1, 500, 900), *ended(2, 0, 20), *ended(3, 500, 40_000)], Scope.SERVICE)[(A, B, 22)]
-    assert (found["sessions"], found["short_sessions"], found["empty_sessions"]) == (3, 1, 1)
+    # Who only listens is no scanner: a passive FTP download, a health check that reads the greeting.
+    sessions = [*ended(1, 500, 900), *ended(2, 0, 20), *ended(3, 500, 40_000), *ended(4, 0, 0)]
+    found = rows(sessions, Scope.SERVICE)[(A, B, 22)]
+    assert (found["sessions"], found["short_sessions"], found["empty_sessions"]) == (4, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +296,15 @@ def test_a_single_packet_from_another_year_moves_nothing() -> None:
     hops = timeline.hops((np.array([1e9, 2e9, 1e9 + 1, 5, 1e9 + 2]) * 1e6).astype(np.int64))
     assert (hops - hops[0]).tolist() == [0, 0, 1, 1, 2]
     assert timeline.strays == 2
+
+
+def test_no_sequence_of_hostile_clocks_overflows() -> None:
+    ends = np.array([2**62 - 1, -(2**62) + 1], np.int64)
+    timeline = Timeline()
+    hops = np.concatenate([timeline.hops(np.repeat(ends, CONFIRM + 6)) for _ in range(40)])
+    assert timeline.steps >= 40
+    assert (np.diff(hops) >= 0).all()
+    assert 0 < hops[-1] - hops[0] < 2**45
 
 
 @given(st.lists(st.integers(0, 2**45), min_size=1, max_size=200), st.integers(1, 50))
