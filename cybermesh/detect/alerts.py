@@ -59,6 +59,7 @@ class Alert:
     reported_confidence: float = 0.0
     reported_severity: int = 0
     reported_type: str = ""
+    policy_put_off: bool = False  # its policy was refused by the rate limit and is still to be proposed
     tallies: dict[str, _Tally] = field(default_factory=dict)
 
     def fold(self, verdict: Verdict) -> None:

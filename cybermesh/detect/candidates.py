@@ -62,6 +62,10 @@ class Candidates:
         """Proposals put off by the rate limit."""
         return self._limit.refused
 
+    def has_room(self, now_us: int) -> bool:
+        """Return whether the rate limit lets a proposal through at ``now_us``."""
+        return self._limit.has_room(now_us)
+
     def propose(self, alert: Alert, evidence_digest: str) -> dict[str, object] | None:
         """Return a policy for the alert, or None where there is nothing to propose now."""
         verdict = alert.verdict
@@ -75,7 +79,8 @@ class Candidates:
             return None
         name = f"{verdict.type} {target}" if not verdict.spoofable else f"{target} {verdict.port} {verdict.protocol}"
         ttl_s = self._ttl_s(name, alert.last_us)
-        if ttl_s is None or not self._limit.allows(alert.last_us):
+        alert.policy_put_off = ttl_s is not None and not self._limit.allows(alert.last_us)
+        if ttl_s is None or alert.policy_put_off:
             return None
         self._remember(name, alert.last_us, ttl_s)
         return _policy(alert, target, ttl_s, evidence_digest, self.rules)

@@ -126,6 +126,7 @@ class Detector:
     def _decide(self, findings: Sequence[Finding]) -> list[Detection]:
         """Let what was found now, and lately by other engines, be voted on; report what is due."""
         due, self._waiting = self._waiting, {}
+        without_policy: dict[tuple[str, ...], Alert] = {}
         for group in self._recent.with_new(findings):
             verdict = self._ensemble.verdict(group)
             if verdict is None:
@@ -133,7 +134,13 @@ class Detector:
             alert, is_due = self._book.fold(verdict)
             if is_due:
                 due[alert.key] = alert
-        return [detection for alert in due.values() if (detection := self._report(alert)) is not None]
+            elif alert.policy_put_off:
+                without_policy[alert.key] = alert
+        reports = [self._report(alert) for alert in due.values()]
+        for key, alert in without_policy.items():
+            if key not in due and self._candidates.has_room(alert.last_us):
+                reports.append(self._report(alert))
+        return [detection for detection in reports if detection is not None]
 
     def _flows(self, engine: Engine, flows: FlowBatch) -> list[Finding]:
         return self._supervised(engine, lambda: engine.score_flows(flows))

@@ -13,12 +13,16 @@ class RateLimit:
         self._micro = per_s * 1_000_000
         self._at_us: int | None = None
 
-    def allows(self, now_us: int) -> bool:
-        """Take one event at ``now_us``; False, and counted, if there were too many."""
+    def has_room(self, now_us: int) -> bool:
+        """Return whether an event at ``now_us`` would be allowed."""
         if self._at_us is not None and now_us > self._at_us:
             self._micro = min(self._per_s * 1_000_000, self._micro + (now_us - self._at_us) * self._per_s)
         self._at_us = now_us if self._at_us is None else max(self._at_us, now_us)
-        if self._micro < 1_000_000:
+        return self._micro >= 1_000_000
+
+    def allows(self, now_us: int) -> bool:
+        """Take one event at ``now_us``; False, and counted, if there were too many."""
+        if not self.has_room(now_us):
             self.refused += 1
             return False
         self._micro -= 1_000_000

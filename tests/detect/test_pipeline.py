@@ -149,6 +149,18 @@ def test_a_long_flood_is_one_alert_with_a_growing_count() -> None:
     assert sum(detection.policy is not None for detection in reports) == 1
 
 
+def test_every_accused_gets_its_policy_though_they_came_too_many_at_once() -> None:
+    pipeline = build(RULES)
+    scanners = [f"198.51.100.{host}" for host in range(1, 41)]
+    scans = [packet for source in scanners for packet in traffic.syn_scan(T, range(1, 151), 0.2, source)]
+    reports = [r for block in blocks(batch(traffic.ordered(scans)), 500) for r in pipeline.feed(block)] + pipeline.finish()
+    proposed = [report for report in reports if report.policy is not None]
+    assert sorted(report.entity for report in proposed) == sorted(scanners)
+    seconds = [report.last_us // 1_000_000 for report in proposed]
+    assert max(seconds.count(second) for second in seconds) <= 20
+    assert len(reports) <= 4 * len(scanners)  # and nobody is reported every second until then
+
+
 def test_prompt_evaluation_reports_before_the_hop_ends() -> None:
     pipeline = build(RULES)
     first = pipeline.feed(batch(traffic.ordered(traffic.syn_scan(T, range(1, 60), 0.002))), prompt=True)
