@@ -33,6 +33,16 @@ ATTACKS = {
     "ping sweep of a /24": (lambda: traffic.ping_sweep(T, range(1, 255), 12), "port_scan", None),
     "SYN flood": (lambda: traffic.syn_flood(T, 20_000, 5_000), "dos", "rate_limit"),
     "SYN flood with 4,000 forged sources": (lambda: traffic.syn_flood(T, 20_000, 5_000, FORGED), "ddos", "rate_limit"),
+    "SYN flood with forged sources, a new port each": (
+        lambda: traffic.onto_ports(traffic.syn_flood(T, 20_000, 5_000, FORGED), range(1, 20_001)),
+        "ddos",
+        "rate_limit",
+    ),
+    "UDP flood with 32 forged sources": (
+        lambda: traffic.forged(traffic.udp_flood(T, 3_520, 1_500), FORGED[:32]),
+        "ddos",
+        None,
+    ),
     "UDP flood, changing ports": (lambda: traffic.udp_flood(T, 20_000, 5_000), "dos", "rate_limit"),
     "UDP flood, one port": (lambda: traffic.udp_flood(T, 100_000, 20_000, fixed=True), "dos", "rate_limit"),
     "ping flood": (lambda: traffic.ping_flood(T, 10_000, 1_000), "dos", "rate_limit"),
@@ -72,6 +82,9 @@ BENIGN: dict[str, Callable[[], Iterable[Packet]]] = {
     "a client of a stopped service": lambda: traffic.dead_service(T),
     "a capture that begins in the middle": lambda: traffic.server_in_the_middle(T),
     "a deployment tool over ssh": lambda: traffic.deployment(T),
+    "passive FTP": lambda: traffic.passive_ftp(T),
+    "a server whose client restarted": lambda: traffic.forgetful_client(T),
+    "a monitor that logs in over ssh": lambda: traffic.ssh_monitor(T),
     "a backup over ssh": lambda: traffic.backup(T),
     "traceroute": lambda: traffic.traceroute(T),
     "a one-way video stream": lambda: traffic.video_stream(T),
@@ -107,7 +120,7 @@ def test_an_attack_is_found_with_its_type_source_and_remedy(name: str) -> None:
     target = VICTIM if action == "rate_limit" else ATTACKER
     assert [str(network) for network in spec.networks()] == [f"{target}/32"]
     assert spec.guardrails.ttl_seconds == 900
-    if action == "rate_limit" and "ping" not in name:
+    if action == "rate_limit" and "ping" not in name and "new port" not in name:
         assert [port.first for port in spec.target.ports] == [53 if "UDP" in name else 80]
 
 

@@ -125,6 +125,12 @@ def forged(packets: Iterable[Packet], sources: Iterable[str]) -> Iterator[Packet
         yield dataclasses.replace(packet, src=source)
 
 
+def onto_ports(packets: Iterable[Packet], ports: Iterable[int]) -> Iterator[Packet]:
+    """The same packets to other ports, one after the other."""
+    for packet, port in zip(packets, ports, strict=True):
+        yield dataclasses.replace(packet, dport=port)
+
+
 def guesses(
     at: float, count: int, port: int, gap: float, *, greeting: bytes = b"", sent: int = 1500, got: int = 2500
 ) -> Iterator[Packet]:
@@ -230,6 +236,27 @@ def deployment(at: float) -> Iterator[Packet]:
             lasts=3,
             greeting=b"SSH-2.0-OpenSSH_9.2\r\n",
         )
+
+
+def passive_ftp(at: float) -> Iterator[Packet]:
+    """A client that fetches sixty files: it sends nothing on the data connections, each to another high port."""
+    for number in range(60):
+        yield from session(at + number * 0.5, "10.7.0.9", VICTIM, 41_000 + number, 50_000 + number, sent=0, got=5000)
+
+
+def forgetful_client(at: float) -> Iterator[Packet]:
+    """A client restarts; the server, on a high port, keeps its connections alive and ends them, and is answered by RST."""
+    for number in range(40):
+        flags = FIN | ACK if number % 2 else ACK
+        yield Packet(at + number * 0.1, VICTIM, "10.7.0.7", 50_051, 33_000 + number * 5, 6, flags)
+        yield Packet(at + number * 0.1 + 0.001, "10.7.0.7", VICTIM, 33_000 + number * 5, 50_051, 6, RST)
+
+
+def ssh_monitor(at: float) -> Iterator[Packet]:
+    """A monitor that logs in by key for one short command every two seconds."""
+    for number in range(40):
+        client, port = "10.7.0.8", 46_000 + number
+        yield from session(at + number * 2, client, VICTIM, port, 22, sent=3720, got=4080, greeting=b"SSH-2.0-OpenSSH_9.2\r\n")
 
 
 def backup(at: float) -> Iterator[Packet]:
