@@ -307,6 +307,17 @@ def test_a_rate_limit_refills_with_packet_time() -> None:
 # --- evidence
 
 
+def test_a_packet_from_another_year_does_not_silence_the_detector() -> None:
+    limit = RateLimit(2)
+    now_us = 1_700_000_000_000_000
+    assert limit.allows(now_us)
+    assert limit.allows(now_us + 10**15)
+    allowed = [limit.allows(now_us + second * 1_000_000) for second in range(10)]
+    assert allowed.count(True) >= 9
+    late = [limit.allows(now_us + 10_000_000 - step) for step in range(20)]  # a little late refills nothing
+    assert late.count(True) <= 2
+
+
 def test_evidence_holds_no_floats_and_replays() -> None:
     batch = windows(Scope.PAIR, "198.51.100.7", 60, 60, ports=100, attempts=110, failed=103, span_s=12.345)
     detector = Detector([RuleEngine(RULES)], Ensemble(), rules=RULES)
