@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_KERNELS = ("records", "clock", "headers", "table", "packets", "emission")
+_KERNELS = ("records", "clock", "headers", "table", "packets", "emission", "ring")
 _SOURCES = ("features.py", "flows.py", "meter_clock.py", "meter_state.py", "packets.py")  # where kernels take constants from
 _COMPLETE = "complete"
 

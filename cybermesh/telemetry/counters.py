@@ -21,12 +21,14 @@ NO_INTERFACE = "interface not described"
 class Counters:
     """Counts of one source; ``packets = metered + sum(skipped.values())`` at every batch border."""
 
-    packets: int = 0  # packet records read
+    packets: int = 0  # records read: packets, or the rows and lines of other inputs
     metered: int = 0  # of these, handed on
     skipped: Counter[str] = field(default_factory=Counter)  # of these, left out, by reason
+    lost: int = 0  # packets that the kernel dropped before they could be read
+    unit: str = "packets"  # what is counted
     ended: str = ""  # why reading stopped before the end of the input; empty if it did not
 
     def skip(self, reason: str, count: int = 1) -> None:
-        """Count packets left out for ``reason``."""
+        """Count records left out for ``reason``."""
         if count:
             self.skipped[reason] += count
