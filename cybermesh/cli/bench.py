@@ -72,7 +72,9 @@ def idle(
 
 @app.command()
 def flows(
-    packets: Annotated[int, typer.Option(min=100_000, help="Packets of the captures, at least.")] = 4_000_000,
+    packets: Annotated[
+        int, typer.Option(min=100_000, help="Packets of the usual capture, at least; the long one has two thirds.")
+    ] = 6_000_000,
     rounds: Annotated[int, typer.Option(min=1, help="How often the tools take turns.")] = 2,
     folder: Annotated[Path | None, typer.Option("--dir", help="Where the captures go while they are needed.")] = None,
     as_json: output.JsonOption = False,
@@ -107,9 +109,9 @@ def _make(folder: Path, packets: int) -> tuple[Path, Path]:
 
     usual, long = folder / "usual.pcap", folder / "long.pcap"
     source = bench_capture.demo_capture()
-    output.note(f"making two captures of {packets:,} packets from {source.name}")
+    output.note(f"making captures of {packets:,} and {packets * 2 // 3:,} packets from {source.name}")
     bench_capture.write(bench_capture.usual(source), usual, packets)
-    bench_capture.write(bench_capture.long_flows(source), long, packets)
+    bench_capture.write(bench_capture.long_flows(source), long, packets * 2 // 3)
     return usual, long
 
 

@@ -13,11 +13,12 @@ from cybermesh.telemetry import counters as reasons
 from cybermesh.telemetry.counters import Counters
 from cybermesh.telemetry.decode import Frames, decode
 from cybermesh.telemetry.decode_link import ETHERNET, I64, RAW, RAW_BSD, RAW_OPENBSD, SLL, SLL2
-from cybermesh.telemetry.kernels.headers import BROKEN, NOT_IP, ODD, SHORT, SOUND, decode_usual
+from cybermesh.telemetry.kernels.headers import BROKEN, NOT_IP, ODD, SHORT, SOUND, Link, Places, decode_usual, new_decoded
 from cybermesh.telemetry.packets import PacketBatch
 
-# Link types that the kernel knows: where the EtherType is (-1: there is none), and the header's length.
-_LINKS = {ETHERNET: (12, 14), SLL: (14, 16), SLL2: (0, 20), RAW: (-1, 0), RAW_BSD: (-1, 0), RAW_OPENBSD: (-1, 0)}
+# The link types that the kernel knows.
+_LINKS = {ETHERNET: Link(12, 14), SLL: Link(14, 16), SLL2: Link(0, 20)}
+_LINKS |= dict.fromkeys((RAW, RAW_BSD, RAW_OPENBSD), Link(-1, 0))
 
 _FROM_REFERENCE = [f.name for f in fields(PacketBatch) if f.name not in ("data", "ts_us")]
 
@@ -29,21 +30,18 @@ def decode_frames(frames: Frames, counters: Counters) -> PacketBatch:
     if link not in _LINKS or (frames.link != link).any():
         return decode(frames, counters)
     data = np.require(frames.data, requirements="W")  # the one layout that the kernel is compiled for
-    ends, wire = np.empty((2, total, 2), np.uint64), np.empty(total, np.uint32)
-    small, middle = np.empty((6, total), np.uint8), np.empty((3, total), np.uint16)
-    wide, sizes = np.empty((3, total), np.int64), np.empty((2, total), np.int32)
-    counts, odd = np.empty(5, np.int64), np.empty((2, total), np.int64)
-    places = (frames.at, frames.captured, frames.wire, frames.ts_us)
-    decode_usual(data, *places, *_LINKS[link], counts, odd, ends, small, middle, wide, sizes, wire)
-    used, few = int(counts[SOUND] + counts[ODD]), int(counts[ODD])
-    family, proto, klass, icmp_type, icmp_code, flags = small[:, :used]
-    sport, dport, window = middle[:, :used]
-    ts_us, payload, payload_at = wide[:, :used]
-    header, payload_captured = sizes[:, :used]
+    found = new_decoded(total)
+    decode_usual(data, Places(frames.at, frames.captured, frames.wire, frames.ts_us), _LINKS[link], found)
+    counts, few = found.counts, int(found.counts[ODD])
+    used = int(counts[SOUND]) + few
+    family, proto, klass, icmp_type, icmp_code, flags = found.small[:, :used]
+    sport, dport, window = found.middle[:, :used]
+    ts_us, payload, payload_at = found.wide[:, :used]
+    header, payload_captured = found.sizes[:, :used]
     batch = PacketBatch(
         ts_us=ts_us,
-        src=ends[0, :used].view(np.uint8),
-        dst=ends[1, :used].view(np.uint8),
+        src=found.ends[0, :used].view(np.uint8),
+        dst=found.ends[1, :used].view(np.uint8),
         family=family,
         sport=sport,
         dport=dport,
@@ -55,7 +53,7 @@ def decode_frames(frames: Frames, counters: Counters) -> PacketBatch:
         payload=payload,
         header=header,
         window=window,
-        wire=wire[:used],
+        wire=found.wire[:used],
         payload_at=payload_at,
         payload_captured=payload_captured,
         data=frames.data,
@@ -64,7 +62,7 @@ def decode_frames(frames: Frames, counters: Counters) -> PacketBatch:
     counters.metered += int(counts[SOUND])
     for reason, outcome in ((reasons.NOT_IP, NOT_IP), (reasons.SHORT_FRAME, SHORT), (reasons.BROKEN_IP, BROKEN)):
         counters.skip(reason, int(counts[outcome]))
-    return _put_odd(batch, frames, odd[:, :few], counters) if few else batch
+    return _put_odd(batch, frames, found.odd[:, :few], counters) if few else batch
 
 
 def _put_odd(batch: PacketBatch, frames: Frames, odd: I64, counters: Counters) -> PacketBatch:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cybermesh.telemetry.features import NAMES
 from cybermesh.telemetry.features_compute import compute_features
 from cybermesh.telemetry.flows import EndReason, FlowBatch
-from cybermesh.telemetry.kernels.emission import emit
+from cybermesh.telemetry.kernels.emission import emit, new_emitted
 from cybermesh.telemetry.kernels.packets import Columns, Share, add_packets, new_strip
 from cybermesh.telemetry.kernels.table import COUNTS, FINISHED, FREE, OPEN, ROW_WIDTH, UNUSED, Table, remove
 from cybermesh.telemetry.meter import SLACK_US
@@ -173,21 +173,19 @@ def _aligned_rows(capacity: int) -> I64:
 def _build_flows(rows: I64, chosen: U32, reasons: U8) -> FlowBatch:
     """Make a batch of the flows in ``chosen`` rows."""
     count = len(chosen)
-    start_us, end_us, huge = (np.empty(count, np.int64) for _ in range(3))
-    src, dst = (np.empty((count, 2), np.uint64) for _ in range(2))
-    ports, small = np.empty((2, count), np.uint16), np.empty((5, count), np.uint8)
-    features = np.empty((count, len(NAMES)))
-    family, proto, klass, icmp_type, icmp_code = small
-    others = huge[: emit(rows, chosen, start_us, end_us, src, dst, ports, small, features, huge)]
+    out = new_emitted(count)
+    family, proto, klass, icmp_type, icmp_code = out.small
+    features, ports = out.features, out.ports
+    others = out.huge[: emit(rows, chosen, out)]
     if len(others):
         state = np.ascontiguousarray(rows[chosen[others], :WIDTH].T)
         features[others] = compute_features(state, ports[0, others], ports[1, others], klass[others])
     reasons = np.where(rows[chosen, Flow.ENDED] == 1, EndReason.TCP_END, reasons).astype(np.uint8)
     return FlowBatch(
-        start_us=start_us,
-        end_us=end_us,
-        src=src.view(np.uint8),
-        dst=dst.view(np.uint8),
+        start_us=out.start_us,
+        end_us=out.end_us,
+        src=out.src.view(np.uint8),
+        dst=out.dst.view(np.uint8),
         family=family,
         sport=ports[0],
         dport=ports[1],

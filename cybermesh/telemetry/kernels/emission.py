@@ -7,13 +7,15 @@ beyond 64 bits (hostile lengths) is listed and left to it.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numba.core import types
 
 from cybermesh.telemetry import meter_state as layout
-from cybermesh.telemetry.features import COLUMN
-from cybermesh.telemetry.kernels import kernel, part, prefetch
+from cybermesh.telemetry.features import COLUMN, NAMES
+from cybermesh.telemetry.kernels import kernel, part, prefetch, record
 from cybermesh.telemetry.meter_state import BULK_PACKETS, NOTHING, WIDTH, Flow, Side
 from cybermesh.telemetry.packets import ICMP, TCP, UDP
 
@@ -96,8 +98,12 @@ def _variance(n: int, total: int, low: int, high: int) -> float:
 
 
 @part
-def _spread(out: F64, i: int, at: int, count: int, total: int, squares: int, high: int, low: int) -> None:
-    """Fill mean, standard deviation, maximum and minimum, which lie side by side."""
+def _spread(out: F64, i: int, at: int, sample: tuple[int, int, int, int, int]) -> None:
+    """Fill mean, standard deviation, maximum and minimum, which lie side by side.
+
+    ``sample`` is how many values there are (0 or less: none), their sum, sum of squares, maximum and minimum.
+    """
+    count, total, squares, high, low = sample
     count = max(count, 0)
     out[i, at] = _ratio(total, count)
     out[i, at + 1] = math.sqrt(_variance(count, total, squares, 0))
@@ -118,12 +124,8 @@ def _direction(out: F64, i: int, rows: I64, row: np.uint32, base: int, names: tu
     out[i, names[4]] = out[i, names[6]] = _ratio(payload, packets)
     out[i, names[5]] = math.sqrt(variance)
     out[i, names[7]] = total
-    squares, high, low = (
-        rows[row, base + _SIDE_IAT_SQ],
-        rows[row, base + _SIDE_IAT_MAX],
-        rows[row, base + _SIDE_IAT_MIN],
-    )
-    _spread(out, i, names[8], packets - 1, total, squares, high, low)
+    squares, high, low = rows[row, base + _SIDE_IAT_SQ], rows[row, base + _SIDE_IAT_MAX], rows[row, base + _SIDE_IAT_MIN]
+    _spread(out, i, names[8], (packets - 1, total, squares, high, low))
     out[i, names[9]] = rows[row, base + _HEADER]
     out[i, names[10]] = rows[row, base + _WINDOW]
     out[i, names[11]] = _ratio(packets, parts)
@@ -157,7 +159,8 @@ def _whole_flow(out: F64, i: int, rows: I64, row: np.uint32) -> None:
     out[i, _RATES[1]] = _per_second(packets, duration)
     out[i, _RATES[2]] = _per_second(forward, duration)
     out[i, _RATES[3]] = _per_second(backward, duration)
-    _spread(out, i, _FLOW_IAT, packets - 1, duration, rows[row, _IAT_SQ], rows[row, _IAT_MAX], rows[row, _IAT_MIN])
+    gaps = (packets - 1, duration, rows[row, _IAT_SQ], rows[row, _IAT_MAX], rows[row, _IAT_MIN])
+    _spread(out, i, _FLOW_IAT, gaps)
     low = rows[row, _FORWARD + _SQ_LOW] + rows[row, _BACKWARD + _SQ_LOW]
     high = rows[row, _FORWARD + _SQ_HIGH] + rows[row, _BACKWARD + _SQ_HIGH]
     variance = _variance(packets, payload, low, high)
@@ -183,45 +186,50 @@ def _active_idle(out: F64, i: int, rows: I64, row: np.uint32, at: int, column: i
     if rows[row, column] == 0:
         out[i, at] = out[i, at + 1] = out[i, at + 2] = out[i, at + 3] = 0.0
         return
-    _spread(
-        out, i, at, rows[row, column], rows[row, column + 1], rows[row, column + 2], rows[row, column + 3],
-        rows[row, column + 4],
-    )  # fmt: skip
+    count, total, squares = rows[row, column], rows[row, column + 1], rows[row, column + 2]
+    _spread(out, i, at, (count, total, squares, rows[row, column + 3], rows[row, column + 4]))
 
 
-@kernel(
-    "int64(int64[:, ::1], uint32[::1], int64[::1], int64[::1], uint64[:, ::1], uint64[:, ::1], uint16[:, ::1], uint8[:, ::1],"
-    "float64[:, ::1], int64[::1])"
-)
-def emit(
-    rows: I64,
-    chosen: U32,
-    start_us: I64,
-    end_us: I64,
-    src: U64,
-    dst: U64,
-    ports: U16,
-    small: U8,
-    features: F64,
-    huge: I64,
-) -> int:
-    """Fill the columns of a ``FlowBatch`` from the flows in ``chosen`` rows.
+class Emitted(NamedTuple):
+    """Columns of a ``FlowBatch`` of n flows.
 
-    Args:
-        rows: The table's rows.
-        chosen: Which of them, in the order of the result.
-        start_us: Filled, as ``end_us``, ``src`` and ``dst`` (addresses as two words each).
-        end_us: Start and duration.
-        src: The forward endpoint.
-        dst: The other one.
-        ports: uint16[2, n], filled: of the forward endpoint and of the other.
-        small: uint8[5, n], filled: family, protocol number, class, ICMP type and code.
-        features: float64[n, 79], filled.
-        huge: Filled with the numbers of flows whose features the reference must compute.
-
-    Returns:
-        How many of these there are.
+    ``src`` (the forward endpoint) and ``dst`` are uint64[n, 2]; ``ports`` uint16[2, n] are theirs; ``small`` uint8[5, n] is
+    family, protocol number, class, ICMP type and code; ``features`` float64[n, 79]; ``huge`` int64[n] is filled from the front
+    with the numbers of flows whose features the reference must compute.
     """
+
+    start_us: I64
+    end_us: I64
+    src: U64
+    dst: U64
+    ports: U16
+    small: U8
+    features: F64
+    huge: I64
+
+
+_WIDE, _PAIRS = types.int64[::1], types.uint64[:, ::1]
+EMITTED = record(Emitted, _WIDE, _WIDE, _PAIRS, _PAIRS, types.uint16[:, ::1], types.uint8[:, ::1], types.float64[:, ::1], _WIDE)
+
+
+def new_emitted(count: int) -> Emitted:
+    """Return columns for so many flows."""
+    return Emitted(
+        start_us=np.empty(count, np.int64),
+        end_us=np.empty(count, np.int64),
+        src=np.empty((count, 2), np.uint64),
+        dst=np.empty((count, 2), np.uint64),
+        ports=np.empty((2, count), np.uint16),
+        small=np.empty((5, count), np.uint8),
+        features=np.empty((count, len(NAMES))),
+        huge=np.empty(count, np.int64),
+    )
+
+
+@kernel(types.int64(types.int64[:, ::1], types.uint32[::1], EMITTED))
+def emit(rows: I64, chosen: U32, out: Emitted) -> int:
+    """Fill ``out`` from the flows in ``chosen`` rows of a table, in that order; return how many are huge."""
+    features = out.features
     count = 0
     for i in range(len(chosen)):
         if i + _AHEAD < len(chosen):
@@ -229,19 +237,19 @@ def emit(
             for line in range(0, len(following), _LINE):
                 prefetch(following, line)
         row = chosen[i]
-        start_us[i] = rows[row, _START]
-        end_us[i] = rows[row, _START] + rows[row, _LATEST]
+        out.start_us[i] = rows[row, _START]
+        out.end_us[i] = rows[row, _START] + rows[row, _LATEST]
         turned = rows[row, _FORWARD_SIDE]
         ours, others = WIDTH + 2 * turned, WIDTH + 2 - 2 * turned
-        src[i, 0], src[i, 1] = np.uint64(rows[row, ours]), np.uint64(rows[row, ours + 1])
-        dst[i, 0], dst[i, 1] = np.uint64(rows[row, others]), np.uint64(rows[row, others + 1])
+        out.src[i, 0], out.src[i, 1] = np.uint64(rows[row, ours]), np.uint64(rows[row, ours + 1])
+        out.dst[i, 0], out.dst[i, 1] = np.uint64(rows[row, others]), np.uint64(rows[row, others + 1])
         packed = rows[row, WIDTH + 4]
         low, high = packed >> 48 & 0xFFFF, packed >> 32 & 0xFFFF
         klass = packed >> 20 & 15
-        ports[0, i], ports[1, i] = (high, low) if turned else (low, high)
-        small[0, i], small[1, i], small[2, i] = packed >> 16 & 15, packed >> 24 & 255, klass
-        small[3, i], small[4, i] = packed >> 8 & 255, packed & 255
-        features[i, _SRC_PORT], features[i, _DST_PORT] = ports[0, i], ports[1, i]
+        out.ports[0, i], out.ports[1, i] = (high, low) if turned else (low, high)
+        out.small[0, i], out.small[1, i], out.small[2, i] = packed >> 16 & 15, packed >> 24 & 255, klass
+        out.small[3, i], out.small[4, i] = packed >> 8 & 255, packed & 255
+        features[i, _SRC_PORT], features[i, _DST_PORT] = out.ports[0, i], out.ports[1, i]
         features[i, _PROTOCOL] = 6 if klass == TCP else 17 if klass == UDP else 1 if klass == ICMP else 0
         _whole_flow(features, i, rows, row)
         _flags(features, i, rows, row)
@@ -254,6 +262,6 @@ def emit(
         _active_idle(features, i, rows, row, _ACTIVE_OUT, _ACTIVE_N)
         _active_idle(features, i, rows, row, _IDLE_OUT, _IDLE_N)
         if rows[row, _FORWARD + _SQ_HIGH] + rows[row, _BACKWARD + _SQ_HIGH] >= _HUGE:
-            huge[count] = i
+            out.huge[count] = i
             count += 1
     return count

@@ -6,10 +6,13 @@ listed and left to ``decode``, so that there is one meaning. Every read is check
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
+from numba.core import types
 
-from cybermesh.telemetry.kernels import kernel, load_8, load_16, load_32, load_64, part
+from cybermesh.telemetry.kernels import kernel, load_8, load_16, load_32, load_64, part, record
 from cybermesh.telemetry.packets import ICMP, OTHER, TCP, UDP
 
 I64 = npt.NDArray[np.int64]
@@ -23,6 +26,71 @@ FAMILY, PROTO, KLASS, ICMP_TYPE, ICMP_CODE, FLAGS = range(6)  # small
 SPORT, DPORT, WINDOW = range(3)  # middle
 TS_US, PAYLOAD, PAYLOAD_AT = range(3)  # wide
 HEADER, PAYLOAD_CAPTURED = range(2)  # sizes
+
+
+class Places(NamedTuple):
+    """Frames in the buffer: offset, captured bytes, bytes on the wire and time of each."""
+
+    begin: I64
+    captured: I64
+    wire: I64
+    ts_us: I64
+
+
+class Link(NamedTuple):
+    """A link header: where in it the EtherType is (negative: there is none, the IP header tells), and its length."""
+
+    type_at: int
+    size: int
+
+
+class Decoded(NamedTuple):
+    """What the decoder fills, in file order.
+
+    ``counts`` int64[5] is the number of frames of each outcome; as many rows of the columns are used as frames are SOUND or
+    ODD. ``odd`` int64[2, n] holds for the ODD frames their number and their row, of which only time and length on the wire are
+    filled. ``ends`` is uint64[2, n, 2], source and destination as two words each; then uint8[6, n], uint16[3, n], int64[3, n]
+    and int32[2, n] with the rows named above, and the lengths on the wire.
+    """
+
+    counts: I64
+    odd: I64
+    ends: U64
+    small: U8
+    middle: npt.NDArray[np.uint16]
+    wide: I64
+    sizes: npt.NDArray[np.int32]
+    wire: npt.NDArray[np.uint32]
+
+
+LINK = record(Link, types.int64, types.int64)
+PLACES = record(Places, *[types.int64[::1]] * 4)
+DECODED = record(
+    Decoded,
+    types.int64[::1],
+    types.int64[:, ::1],
+    types.uint64[:, :, ::1],
+    types.uint8[:, ::1],
+    types.uint16[:, ::1],
+    types.int64[:, ::1],
+    types.int32[:, ::1],
+    types.uint32[::1],
+)
+
+
+def new_decoded(count: int) -> Decoded:
+    """Return columns for so many frames."""
+    return Decoded(
+        counts=np.empty(5, np.int64),
+        odd=np.empty((2, count), np.int64),
+        ends=np.empty((2, count, 2), np.uint64),
+        small=np.empty((6, count), np.uint8),
+        middle=np.empty((3, count), np.uint16),
+        wide=np.empty((3, count), np.int64),
+        sizes=np.empty((2, count), np.int32),
+        wire=np.empty(count, np.uint32),
+    )
+
 
 _IPV4, _IPV6 = 0x0800, 0x86DD
 _GRE, _VXLAN_PORT, _GENEVE_PORT = 47, 4789, 6081
@@ -42,14 +110,14 @@ def _mapped(data: U8, at: int) -> np.uint64:
 
 
 @part
-def _network(data: U8, at: int, cap_end: int, type_at: int, link_bytes: int) -> tuple[int, int]:
+def _network(data: U8, at: int, cap_end: int, link: Link) -> tuple[int, int]:
     """Return the EtherType behind link header and tags (-1: too short) and where the network header begins."""
-    if type_at < 0:
+    if link.type_at < 0:
         return _IPV4 if cap_end > at and load_8(data, at) >> 4 == 4 else _IPV6, at
-    if cap_end - at < link_bytes:
+    if cap_end - at < link.size:
         return -1, at
-    ethertype = _be16(data, at + type_at)
-    at += link_bytes
+    ethertype = _be16(data, at + link.type_at)
+    at += link.size
     while ethertype == 0x8100 or ethertype == 0x88A8 or ethertype == 0x9100 or ethertype == 0x9200:
         if cap_end - at < 4:
             return -1, at
@@ -107,21 +175,13 @@ def _transport(data: U8, at: int, length: int, captured: int, proto: int) -> tup
 
 
 @part
-def _fill(
-    data: U8,
-    at: int,
-    ethertype: int,
-    l4: int,
-    length: int,
-    captured: int,
-    k: int,
-    ends: U64,
-    small: U8,
-    middle: npt.NDArray[np.uint16],
-    wide: I64,
-    sizes: npt.NDArray[np.int32],
-) -> bool:
-    """Fill row ``k`` from a packet with a sound IP header; False if it may be a tunnel, which is not for us."""
+def _fill(data: U8, at: int, ethertype: int, inside: tuple[int, int, int], k: int, out: Decoded) -> bool:
+    """Fill row ``k`` from a packet with a sound IP header; False if it may be a tunnel, which is not for us.
+
+    ``inside`` is offset, length and captured bytes of L4.
+    """
+    l4, length, captured = inside
+    ends, small, middle, wide, sizes = out.ends, out.small, out.middle, out.wide, out.sizes
     if ethertype == _IPV4:
         proto, later = load_8(data, at + 9), _be16(data, at + 6) & 0x1FFF != 0
         ends[0, k, 0] = ends[1, k, 0] = 0
@@ -153,68 +213,39 @@ def _fill(
     return True
 
 
-@kernel(
-    "void(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64, int64, int64[::1], int64[:, ::1],"
-    "uint64[:, :, ::1], uint8[:, ::1], uint16[:, ::1], int64[:, ::1], int32[:, ::1], uint32[::1])"
-)
-def decode_usual(
-    data: U8,
-    begin: I64,
-    captured: I64,
-    length: I64,
-    time_us: I64,
-    type_at: int,
-    link_bytes: int,
-    counts: I64,
-    odd: I64,
-    ends: U64,
-    small: U8,
-    middle: npt.NDArray[np.uint16],
-    wide: I64,
-    sizes: npt.NDArray[np.int32],
-    wire: npt.NDArray[np.uint32],
-) -> None:
+@kernel(types.void(types.uint8[::1], PLACES, LINK, DECODED))
+def decode_usual(data: U8, frames: Places, link: Link, out: Decoded) -> None:
     """Decode frames of one link type.
 
     Args:
         data: The buffer.
-        begin: Offset of each frame.
-        captured: Captured bytes of each.
-        length: Bytes on the wire of each.
-        time_us: Time of each.
-        type_at: Where in the link header the EtherType is; negative: there is none, the IP header's own version tells.
-        link_bytes: Length of the link header.
-        counts: int64[5], filled: frames of each outcome. So many rows of the columns are used as frames are SOUND or ODD;
-            those of ODD frames hold only their time and length on the wire.
-        odd: int64[2, n], filled for the ODD frames: number of the frame, and its row.
-        ends: uint64[2, n, 2], filled in file order: source and destination, each as two words.
-        small: uint8[6, n], filled: columns FAMILY to FLAGS.
-        middle: uint16[3, n], filled: columns SPORT to WINDOW.
-        wide: int64[3, n], filled: columns TS_US to PAYLOAD_AT.
-        sizes: int32[2, n], filled: columns HEADER and PAYLOAD_CAPTURED.
-        wire: Filled.
+        frames: Where the frames are.
+        link: Their link header.
+        out: Filled.
     """
+    counts = out.counts
     counts[:] = 0
     k = 0
-    for i in range(len(begin)):
-        cap_end, wire_end = begin[i] + captured[i], begin[i] + length[i]
-        ethertype, at = _network(data, begin[i], cap_end, type_at, link_bytes)
+    for i in range(len(frames.begin)):
+        begin = frames.begin[i]
+        cap_end, wire_end = begin + frames.captured[i], begin + frames.wire[i]
+        ethertype, at = _network(data, begin, cap_end, link)
         if ethertype == _IPV4:
-            told, l4, inside, held = _decode_v4(data, at, cap_end, wire_end)
+            told, l4, length, held = _decode_v4(data, at, cap_end, wire_end)
         elif ethertype == _IPV6:
-            told, l4, inside, held = _decode_v6(data, at, cap_end, wire_end)
+            told, l4, length, held = _decode_v6(data, at, cap_end, wire_end)
         else:
             counts[SHORT if ethertype < 0 else NOT_IP] += 1
             continue
         if told == BROKEN:
             counts[BROKEN] += 1
             continue
-        wide[TS_US, k] = time_us[i]
-        wire[k] = min(length[i], 0xFFFFFFFF)
-        if told == SOUND and not _fill(data, at, ethertype, l4, inside, held, k, ends, small, middle, wide, sizes):
+        out.wide[TS_US, k] = frames.ts_us[i]
+        out.wire[k] = min(frames.wire[i], 0xFFFFFFFF)
+        if told == SOUND and not _fill(data, at, ethertype, (l4, length, held), k, out):
             told = ODD
         if told == ODD:
-            odd[0, counts[ODD]] = i
-            odd[1, counts[ODD]] = k
+            out.odd[0, counts[ODD]] = i
+            out.odd[1, counts[ODD]] = k
         counts[told] += 1
         k += 1

@@ -36,8 +36,9 @@ def request_type(proto: int, kind: int) -> int:
 
 
 @part
-def small_word(low: int, high: int, proto: int, klass: int, family: int, kind: int, code: int) -> np.uint64:
-    """Return the key's last word; ``low`` and ``high`` are the endpoints' ports."""
+def small_word(low: int, high: int, what: tuple[int, int, int], kind: int, code: int) -> np.uint64:
+    """Return the key's last word; ``low`` and ``high`` are the endpoints' ports, ``what`` is protocol, class and family."""
+    proto, klass, family = what
     if klass == ICMP:
         kind = request_type(proto, kind)
     else:

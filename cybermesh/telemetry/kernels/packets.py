@@ -17,7 +17,7 @@ from cybermesh.telemetry.flows import EndReason
 from cybermesh.telemetry.kernels import kernel, part, prefetch, record
 from cybermesh.telemetry.kernels.keys import KEY_WORDS, hash_key, small_word
 from cybermesh.telemetry.kernels.table import FREE, ROW_WIDTH, TABLE, Table, find_or_claim, finish, first_place, take_row
-from cybermesh.telemetry.kernels.update import add_packet, begin_flow
+from cybermesh.telemetry.kernels.update import Packet, add_packet, begin_flow
 from cybermesh.telemetry.meter_state import CUT_US, WIDTH, Flow
 from cybermesh.telemetry.packets import ACK, SYN
 
@@ -108,9 +108,7 @@ def _choose(table: Table, packets: Columns, share: Share, strip: Strip, begin: i
         words[count, 4] = small_word(
             target if turned else source,
             source if turned else target,
-            np.int64(packets.proto[i]),
-            np.int64(packets.klass[i]),
-            np.int64(packets.family[i]),
+            (np.int64(packets.proto[i]), np.int64(packets.klass[i]), np.int64(packets.family[i])),
             np.int64(packets.icmp_type[i]),
             np.int64(packets.icmp_code[i]),
         )
@@ -177,7 +175,7 @@ def add_packets(table: Table, marks: I64, packets: Columns, share: Share, strip:
         for k in range(count):
             i, row, side = strip.chosen[k], strip.row[k], strip.side[k]
             ts_us, flags = packets.ts_us[i], np.int64(packets.flags[i])
-            header, window = np.int64(packets.header[i]), np.int64(packets.window[i])
+            packet = Packet(ts_us, side, flags, packets.payload[i], np.int64(packets.header[i]), np.int64(packets.window[i]))
             fresh = table.deadline_us[row] == FREE
             if not fresh and _opens(rows, row, ts_us, flags):
                 _renew(table, row)
@@ -187,4 +185,4 @@ def add_packets(table: Table, marks: I64, packets: Columns, share: Share, strip:
                 # A flow that was late when it began is as old as the watermark, or it would be gone at once.
                 table.deadline_us[row] = max(ts_us, marks[i]) + share.late_us
             table.seen[row] = share.serial + i
-            add_packet(rows, row, ts_us, side, flags, packets.payload[i], header, window, fresh)
+            add_packet(rows, row, packet, fresh)

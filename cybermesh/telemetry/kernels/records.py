@@ -25,14 +25,15 @@ def read_u32(data: U8, at: int, big: bool) -> int:
     return number
 
 
-@kernel("UniTuple(int64, 3)(uint8[::1], int64, int64, boolean, int64, int64, int64[:, ::1])")
-def scan_pcap(data: U8, start: int, end: int, big: bool, per_us: int, max_captured: int, frames: I64) -> tuple[int, int, int]:
-    """Describe the whole pcap records of ``data[start:end]``.
+@kernel("UniTuple(int64, 3)(uint8[::1], UniTuple(int64, 2), boolean, int64, int64, int64[:, ::1])")
+def scan_pcap(
+    data: U8, stretch: tuple[int, int], big: bool, per_us: int, max_captured: int, frames: I64
+) -> tuple[int, int, int]:
+    """Describe the whole pcap records of a stretch of ``data``.
 
     Args:
         data: The buffer.
-        start: Where a record begins.
-        end: Where the bytes that were read end.
+        stretch: Where a record begins, and where the bytes that were read end.
         big: Byte order of the file.
         per_us: Fractions of a second in a microsecond.
         max_captured: More captured bytes than this are a damaged record.
@@ -41,6 +42,7 @@ def scan_pcap(data: U8, start: int, end: int, big: bool, per_us: int, max_captur
     Returns:
         How many were found, where the next one begins, and WHOLE or TOO_LONG.
     """
+    start, end = stretch
     found = 0
     limit = frames.shape[1]
     while found < limit and start + _RECORD_HEADER <= end:

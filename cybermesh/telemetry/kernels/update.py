@@ -5,6 +5,8 @@ All numbers are integers, so the order of the additions cannot show.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -46,15 +48,25 @@ def begin_flow(rows: I64, row: np.uint32, ts_us: int, serial: int, forward_side:
     rows[row, _FORWARD_SIDE] = forward_side
 
 
+class Packet(NamedTuple):
+    """What the state takes from a packet; ``side`` is the endpoint of the key that sent it."""
+
+    ts_us: np.int64
+    side: np.int64
+    flags: np.int64
+    payload: np.int64
+    header: np.int64
+    window: np.int64
+
+
 @part
-def add_packet(
-    rows: I64, row: np.uint32, ts_us: int, side: int, flags: int, payload: int, header: int, window: int, fresh: bool
-) -> None:
+def add_packet(rows: I64, row: np.uint32, packet: Packet, fresh: bool) -> None:
     """Add a packet that belongs to the flow; ``fresh`` if it is its first."""
+    flags, payload = packet.flags, packet.payload
     latest = rows[row, _LATEST]
-    time = max(ts_us - rows[row, _START], latest)
+    time = max(packet.ts_us - rows[row, _START], latest)
     gap = time - latest
-    forward = np.int64(side == rows[row, _FORWARD_SIDE])
+    forward = np.int64(packet.side == rows[row, _FORWARD_SIDE])
     rows[row, _LATEST] = time
     if not fresh:
         rows[row, _IAT_SQ] += gap * gap
@@ -67,7 +79,7 @@ def add_packet(
         _add_flags(rows, row, flags, forward)
         rows[row, base + _PSH] += np.int64(flags & PSH != 0)
         rows[row, base + _URG] += np.int64(flags & URG != 0)
-    _add_direction(rows, row, base, time, header, window)
+    _add_direction(rows, row, base, time, packet.header, packet.window)
     _add_size(rows, row, base, payload)
     if payload > 0:
         _add_data(rows, row, forward, time, payload)

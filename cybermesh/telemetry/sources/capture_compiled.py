@@ -23,7 +23,7 @@ class _CompiledPcapReader(PcapReader):
         frames = np.empty((4, limit), np.int64)
         while True:
             count, following, ended = scan_pcap(
-                stream.data, stream.start, stream.end, self._order == ">", self._per_us, MAX_CAPTURED, frames
+                stream.data, (stream.start, stream.end), self._order == ">", self._per_us, MAX_CAPTURED, frames
             )
             stream.start = following
             if count:
