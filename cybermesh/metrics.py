@@ -37,6 +37,7 @@ METRICS: Mapping[str, Metric] = {
     "validator_admitted_total": Metric("Messages admitted.", is_total=True),
     "validator_duplicates_total": Metric("Messages that were known already.", is_total=True),
     "validator_refused_total": Metric("Messages refused.", is_total=True),
+    "validator_equivocations_total": Metric("Proofs that a validator signed twice.", is_total=True),
     "validator_acks_total": Metric("Acks of agents stored.", is_total=True),
     "agent_acks_published_total": Metric("Acks published.", is_total=True),
     "agent_refused_total": Metric("Decisions refused before their proof was looked at.", is_total=True),

@@ -39,6 +39,10 @@ class JournalError(Exception):
     """The safety file cannot be used; the text says which file, why, and what to do."""
 
 
+class KeyInUseError(JournalError):
+    """Another process holds the safety file open: this one must not run at all with the same key."""
+
+
 class Journal:
     """An open safety file. Its methods block for an fsync: call ``write`` from a worker thread, one at a time."""
 
@@ -213,7 +217,7 @@ def _acquire(path: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
-        raise JournalError(f"{path}: another process uses this key") from error
+        raise KeyInUseError(f"{path}: another process uses this key; stop it first") from error
     return lock
 
 

@@ -35,6 +35,7 @@ from cybermesh.log import logger
 from cybermesh.messages import Transaction, TxKind
 from cybermesh.metrics import Figures
 from cybermesh.roles.clock import Clock
+from cybermesh.roles.patience import Patience
 from cybermesh.roles.ring import control_domains, key_ring
 from cybermesh.telemetry.packets import PacketBatch
 from cybermesh.telemetry.sources import Source
@@ -104,6 +105,7 @@ class AiRole:
         self._ring = key_ring(parts.genesis)
         self._domains = control_domains(parts.genesis)
         self._read = _ReadTimes()
+        self._patience = Patience(self._log)
         self.counts = Counts()
         self.finished = asyncio.Event()
 
@@ -113,6 +115,11 @@ class AiRole:
             group.create_task(self._follow(), name="ai feedback")
             group.create_task(self._publish_all(), name="ai publish")
             await self._read_all()
+
+    @property
+    def problem(self) -> str | None:
+        """What publishing waits for, None when it does not."""
+        return self._patience.problem
 
     def figures(self) -> Figures:
         """Return this role's metrics."""
@@ -212,7 +219,7 @@ class AiRole:
     async def _send(self, kind: TxKind, entity: str, value: bytes) -> None:
         topic = self._parts.topics.of_kind(kind)
         if topic:
-            await self._parts.bus.publish(topic, entity.encode(), value)
+            await self._patience.until_done(lambda: self._parts.bus.publish(topic, entity.encode(), value))
 
     def _remember(self, anomaly_id: str) -> None:
         """Keep the newest anomalies whose fate is open; the oldest leave when there are too many."""

@@ -32,11 +32,20 @@ def pending(raw: bytes, message: SignedMessage) -> PendingTransaction:
 class LedgerApplication:
     """Adapts the ledger to consensus' ``Application`` port; remembers which transactions were verified.
 
-    ``on_given_up`` is told the digests of candidates that this node, as leader, left out for good.
+    ``monotonic_s`` (a clock that never jumps, seconds) bounds the choice of a proposal to a quarter of the round timer: it
+    decides what this node proposes, never what it votes for. ``on_given_up`` is told the digests of candidates that this node,
+    as leader, left out for good.
     """
 
-    def __init__(self, genesis: Genesis, on_given_up: Callable[[Sequence[bytes]], None] = lambda _digests: None) -> None:
+    def __init__(
+        self,
+        genesis: Genesis,
+        monotonic_s: Callable[[], float],
+        on_given_up: Callable[[Sequence[bytes]], None] = lambda _digests: None,
+    ) -> None:
         self._genesis = genesis
+        self._monotonic_s = monotonic_s
+        self._choice_s = genesis.timing.base_ms / 4_000
         self._on_given_up = on_given_up
         self._given_up: list[bytes] = []
         self._verified: OrderedDict[bytes, None] = OrderedDict()
@@ -66,7 +75,14 @@ class LedgerApplication:
 
     def select(self, parent: State, context: BlockContext, candidates: Sequence[bytes]) -> Selection:
         """Return which candidates an honest proposer puts into this block, and which it gives up."""
-        choice = execution.choose(parent, height=context.height, time_ms=context.time_ms, candidates=candidates)
+        end_s = self._monotonic_s() + self._choice_s
+        choice = execution.choose(
+            parent,
+            height=context.height,
+            time_ms=context.time_ms,
+            candidates=candidates,
+            is_time_up=lambda: self._monotonic_s() >= end_s,
+        )
         if choice.refused:
             digests = [tx_digest(raw) for raw in choice.refused]
             self._given_up.extend(digests)

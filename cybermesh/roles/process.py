@@ -113,7 +113,7 @@ class _Running:
             case AgentRole():
                 return str(self.role.enforcer.status().get("problem") or "")
             case AiRole():
-                return ""
+                return self.role.problem or ""
 
     def figures(self) -> Figures:
         return self.role.figures()

@@ -1,26 +1,32 @@
 """Where a validator starts: the newest state it has, brought up to the head of its store by executing what is stored above.
 
-The stored chain is not trusted more than anything else on the disk: each block executed here must give the root in its header.
+The stored chain is not trusted more than anything else on the disk: its head must be certified by a quorum of the committee,
+and the state that this node arrives at must be the one in the head's header.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cybermesh.consensus import codec
 from cybermesh.consensus.application import BlockContext
+from cybermesh.consensus.certificates import CertificateVerifier
 from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.parts import Root
-from cybermesh.consensus.types import Block
+from cybermesh.consensus.sync import ANSWER_BYTES_MAX
+from cybermesh.consensus.types import Block, MalformedError, QuorumCert
 from cybermesh.genesis import Genesis
+from cybermesh.keys import verify
 from cybermesh.ledger.encoding import EncodingError
 from cybermesh.ledger.snapshot import decode_snapshot
 from cybermesh.ledger.state import State
 from cybermesh.roles.application import LedgerApplication
+from cybermesh.store import StoreUnavailable
 from cybermesh.store.store import Store
 
 PIECE = 256
+SERVED_PIECE = 8
 RECENT_HEADERS = 512
 
 
@@ -29,27 +35,61 @@ class RecoveryError(Exception):
 
 
 class StoredBlocks:
-    """The committed chain as blocks, for peers that catch up and for this node's own start."""
+    """The committed chain as blocks."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     async def blocks(self, from_height: int, count_max: int) -> Sequence[Block]:
-        """Return consecutive committed blocks from a height on, lowest first."""
+        """Return consecutive committed blocks from a height on, lowest first.
+
+        Raises:
+            RecoveryError: a row is no block.
+            StoreUnavailable: the database cannot be read now.
+        """
         rows = await self._store.chain.blocks(from_height, count_max)
         if not rows:
             return []
         payloads: dict[int, list[bytes]] = {row.height: [] for row in rows}
         for transaction in await self._store.chain.transactions_between(rows[0].height, rows[-1].height):
             payloads[transaction.height].append(transaction.payload)
-        return [dataclasses.replace(codec.decode_block(row.frame), payload=tuple(payloads[row.height])) for row in rows]
+        try:
+            return [dataclasses.replace(codec.decode_block(row.frame), payload=tuple(payloads[row.height])) for row in rows]
+        except MalformedError as error:
+            raise RecoveryError(f"heights {rows[0].height} to {rows[-1].height}: a stored block is damaged: {error}") from error
+
+
+class ServedBlocks:
+    """The committed chain for peers that catch up: never more in memory than an answer holds and a few blocks.
+
+    What cannot be read now is not served (``on_failure`` is told); the peer asks another validator.
+    """
+
+    def __init__(self, store: Store, on_failure: Callable[[Exception], None]) -> None:
+        self._stored = StoredBlocks(store)
+        self._on_failure = on_failure
+
+    async def blocks(self, from_height: int, count_max: int) -> Sequence[Block]:
+        """Return consecutive committed blocks from a height on, lowest first, about as many as one answer holds."""
+        found: list[Block] = []
+        size = 0
+        try:
+            while len(found) < count_max and size <= ANSWER_BYTES_MAX:
+                piece = await self._stored.blocks(from_height + len(found), min(SERVED_PIECE, count_max - len(found)))
+                if not piece:
+                    break
+                found += piece
+                size += sum(len(transaction) for block in piece for transaction in block.payload)
+        except (StoreUnavailable, RecoveryError) as error:
+            self._on_failure(error)
+        return found
 
 
 async def restore(store: Store, genesis: Genesis, committee: Committee, application: LedgerApplication) -> Root[State]:
     """Return the root to start from.
 
     Raises:
-        RecoveryError: A snapshot or a block in the store is not what its header says.
+        RecoveryError: The stored chain is damaged, or not the one that a quorum committed.
     """
     head = await store.chain.head()
     if head is None:
@@ -58,15 +98,27 @@ async def restore(store: Store, genesis: Genesis, committee: Committee, applicat
     source = StoredBlocks(store)
     while height < head.height:
         for block in await source.blocks(height + 1, PIECE):
+            if block.height != height + 1:
+                raise RecoveryError(f"height {height + 1}: the stored block is missing; restore the store, or start empty")
             state = _execute(application, state, block)
             height = block.height
     recent = tuple(block.header for block in await source.blocks(max(1, head.height - RECENT_HEADERS), RECENT_HEADERS + 1))
     tip = recent[-1]
-    stored = await store.chain.certificate(head.height)
-    if stored is None or tip.hash != head.hash:
-        raise RecoveryError(f"height {head.height}: the store has no certificate for its head; restore it, or start empty")
-    certificate = codec.decode_quorum_cert(stored[1])
+    certificate = _certificate(await store.chain.certificate(head.height))
+    verifier = CertificateVerifier(committee, verify, committee.genesis_cert())
+    is_certified = certificate is not None and certificate.proves_parent and verifier.is_valid_quorum_cert(certificate)
+    if certificate is None or not is_certified or not tip.hash == head.hash == certificate.parent_hash:
+        raise RecoveryError(f"height {head.height}: no quorum committed the stored head; restore the store, or start empty")
+    if state.root != tip.state_root:
+        raise RecoveryError(f"height {head.height}: the stored chain does not lead to the state in its head's header")
     return Root(tip.hash, tip.round, tip.height, tip.time_ms, state, certificate, recent)
+
+
+def _certificate(stored: tuple[int, bytes] | None) -> QuorumCert | None:
+    try:
+        return None if stored is None else codec.decode_quorum_cert(stored[1])
+    except MalformedError:
+        return None
 
 
 async def _newest_state(store: Store, genesis: Genesis) -> tuple[int, State]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from cybermesh.genesis import Genesis
 from cybermesh.keys import KeyHolder, KeyRing
+from cybermesh.ledger.state import State
 from cybermesh.messages import MessageType
 from cybermesh.wire.admission import AdmissionRules
 from cybermesh.wire.control import ControlDomains
@@ -12,15 +15,29 @@ _VALIDATOR_TYPES = frozenset({MessageType.COMMIT, MessageType.POLICY_UPDATE, Mes
 
 
 def key_ring(genesis: Genesis) -> KeyRing:
-    """Return the key ring of the genesis; the ledger's own ring, which operators change, decides on block time."""
-    holders = [
-        KeyHolder(producer.name, producer.pubkey, frozenset(MessageType(kind) for kind in producer.message_types))
-        for producer in genesis.producers
-    ]
-    holders += [KeyHolder(member.name, member.pubkey, _VALIDATOR_TYPES) for member in genesis.validators]
-    holders += [KeyHolder(operator.name, operator.pubkey, frozenset({MessageType.OPERATOR})) for operator in genesis.operators]
-    holders += [KeyHolder(agent.name, agent.pubkey, frozenset({MessageType.ACK})) for agent in genesis.agents]
-    return KeyRing(holders)
+    """Return the key ring of the genesis."""
+    producers = (_producer(holder.name, holder.pubkey, holder.message_types) for holder in genesis.producers)
+    return _ring(genesis, [*producers, *(_operator(holder.name, holder.pubkey) for holder in genesis.operators)])
+
+
+def ledger_ring(genesis: Genesis, state: State) -> KeyRing:
+    """Return the key ring as operators have changed it up to a state; validators and agents are those of the genesis."""
+    producers = (_producer(record.name, key, record.message_types) for key, record in state.tables.producers.items())
+    return _ring(genesis, [*producers, *(_operator(record.name, key) for key, record in state.tables.operators.items())])
+
+
+def _ring(genesis: Genesis, senders: Iterable[KeyHolder]) -> KeyRing:
+    members = (KeyHolder(member.name, member.pubkey, _VALIDATOR_TYPES) for member in genesis.validators)
+    agents = (KeyHolder(agent.name, agent.pubkey, frozenset({MessageType.ACK})) for agent in genesis.agents)
+    return KeyRing([*senders, *members, *agents])
+
+
+def _producer(name: str, key: bytes, message_types: Iterable[str]) -> KeyHolder:
+    return KeyHolder(name, key, frozenset(MessageType(kind) for kind in message_types))
+
+
+def _operator(name: str, key: bytes) -> KeyHolder:
+    return KeyHolder(name, key, frozenset({MessageType.OPERATOR}))
 
 
 def control_domains(genesis: Genesis) -> ControlDomains:

@@ -11,53 +11,50 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Final
 
-from cybermesh.bus import Bus, BusError, Delivery, Subscription
+from cybermesh.bus import Bus, Delivery, Subscription
 from cybermesh.bus.topics import Topics, validator_group
 from cybermesh.consensus.certificates import Signer
+from cybermesh.consensus.codec import encode_evidence
 from cybermesh.consensus.committee import Committee, faults
 from cybermesh.consensus.driver import Driver, SafetyFile, Shell, Status
 from cybermesh.consensus.events import Commit, SafetyRecord
-from cybermesh.consensus.journal import Journal, JournalError, MemoryJournal, standing
+from cybermesh.consensus.journal import Journal, JournalError, KeyInUseError, MemoryJournal, standing
 from cybermesh.consensus.leader import RoundRobin
-from cybermesh.consensus.mempool import Admission, Mempool
+from cybermesh.consensus.mempool import Mempool
 from cybermesh.consensus.pacemaker import Timing
 from cybermesh.consensus.parts import Parts
 from cybermesh.consensus.transport import Transport
 from cybermesh.consensus.types import Evidence, accused
-from cybermesh.envelope import LOCAL_CODES, Code, EnvelopeError
-from cybermesh.envelope.nonces import NonceTable
+from cybermesh.envelope import EnvelopeError
 from cybermesh.genesis import Genesis
 from cybermesh.keys import SigningKey, verify
 from cybermesh.ledger.snapshot import encode_snapshot
 from cybermesh.ledger.state import State
+from cybermesh.ledger.tables import Tables
 from cybermesh.log import logger
-from cybermesh.messages import TxKind, tx_digest
 from cybermesh.metrics import Figures
 from cybermesh.roles import records, recovery
-from cybermesh.roles.application import LedgerApplication, pending
+from cybermesh.roles.application import LedgerApplication
 from cybermesh.roles.clock import Clock
-from cybermesh.roles.ring import admission_rules, control_domains, key_ring
-from cybermesh.store import StoreUnavailable
+from cybermesh.roles.intake import Intake, MessageCounts, Surroundings
+from cybermesh.roles.patience import Patience
+from cybermesh.roles.ring import control_domains, ledger_ring
 from cybermesh.store.outbox import OutboxPublisher, PublisherParts, publishes_at_once
-from cybermesh.store.records import JournaledTransaction, StoredAck, StoredSnapshot
+from cybermesh.store.records import AuditEntry, StoredAck, StoredSnapshot
 from cybermesh.store.store import Store
-from cybermesh.wire import codec
-from cybermesh.wire.admission import Admitted, read_transaction, verify_on_wire
 from cybermesh.wire.control import open_ack
-from cybermesh.wire.unsigned import make_dead_letter
 
-T = TypeVar("T")
-
-SNAPSHOT_EVERY = 1_000
-BATCH_MAX = 512
-RETRY_FIRST_S = 0.1
-RETRY_MAX_S = 5.0
+SNAPSHOT_EVERY: Final = 1_000
+EVIDENCE_WAITING_MAX: Final = 64
+EVIDENCE_KEPT_MAX: Final = 100
+"""Proofs of equivocation that one start writes down of one validator: the first says it all, and each costs a write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +77,11 @@ class ValidatorParts:
 
 @dataclass(slots=True)
 class Counts:
-    """What happened to messages since the start."""
+    """What happened since the start beside the messages that the intake counts."""
 
-    admitted: int = 0
-    duplicates: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
     acks: int = 0
     acks_refused: int = 0
+    equivocations: int = 0
 
 
 def create_safety_file(path: Path, genesis: Genesis, key: SigningKey) -> None:
@@ -126,11 +121,14 @@ class ValidatorRole:
                 f"key {parts.key.public.hex()} belongs to no validator of the genesis; use this node's own key"
             )
         self._index = index
-        self._application = LedgerApplication(parts.genesis, parts.on_given_up)
-        self._ring = key_ring(parts.genesis)
-        self._rules = admission_rules(parts.genesis)
+        self._application = LedgerApplication(parts.genesis, parts.clock.monotonic_s, parts.on_given_up)
+        self._patience = Patience(self._log)
+        name, group = f"validator-{parts.number}", validator_group(str(parts.number), self._committee.n, parts.group)
+        around = Surroundings(name, group, parts.topics, parts.bus, parts.store, parts.clock)
+        self._intake = Intake(parts.genesis, around, self._application, self._patience)
+        self._group = group
         self._domains = control_domains(parts.genesis)
-        self._nonces = NonceTable()
+        self._evidence: asyncio.Queue[Evidence] = asyncio.Queue(EVIDENCE_WAITING_MAX)
         self._author = records.Author(parts.genesis, parts.key, parts.topics)
         self._outbox = OutboxPublisher(
             parts.store.outbox,
@@ -139,18 +137,20 @@ class ValidatorRole:
         )
         self._driver: Driver[State] | None = None
         self._snapshot_height = 0
+        self._admits_by: Tables | None = None
         self.counts = Counts()
 
     def figures(self) -> Figures:
         """Return this role's metrics."""
         found = {
-            "validator_admitted_total": self.counts.admitted,
-            "validator_duplicates_total": self.counts.duplicates,
-            "validator_refused_total": self.counts.refused.total(),
+            "validator_admitted_total": self.messages.admitted,
+            "validator_duplicates_total": self.messages.duplicates,
+            "validator_refused_total": self.messages.refused.total(),
             "validator_acks_total": self.counts.acks,
+            "validator_equivocations_total": self.counts.equivocations,
         }
-        status = self.status
-        if status is not None:
+        if self._driver is not None:
+            status = self._driver.status
             found |= {
                 "validator_round": status.round,
                 "validator_height_blocks": status.height,
@@ -160,15 +160,24 @@ class ValidatorRole:
         return found
 
     @property
+    def messages(self) -> MessageCounts:
+        """What happened to messages since the start."""
+        return self._intake.counts
+
+    @property
     def status(self) -> Status | None:
-        """Where consensus stands, None before the start."""
-        return self._driver.status if self._driver is not None else None
+        """Where consensus stands, None before the start; the problem is also what the store or the bus is waited for."""
+        if self._driver is None:
+            return None
+        status = self._driver.status
+        return replace(status, problem=status.problem or self._patience.problem)
 
     async def run(self) -> None:
         """Take part until cancelled.
 
         Raises:
-            RecoveryError: The stored chain is not what its headers promise.
+            RecoveryError: The stored chain is not what a quorum committed.
+            KeyInUseError: Another process runs with this key.
             HaltedError: Inside an exception group: this node computes something else than a quorum.
             BlockConflict: Inside an exception group: the store holds another block at a committed height.
         """
@@ -176,13 +185,14 @@ class ValidatorRole:
             journal, signer = await self._memory(stack)
             root = await recovery.restore(self._parts.store, self._parts.genesis, self._committee, self._application)
             self._snapshot_height = root.height
+            self._follow_ring(root.state)
             driver = self._driver = Driver(self._consensus_parts(signer), root, self._shell(journal))
-            await self._reload_mempool(driver)
             self._log.info("validator_started", index=self._index, height=root.height, votes=signer is not None)
             async with asyncio.TaskGroup() as group:
                 group.create_task(driver.run(), name=f"validator-{self._parts.number} consensus")
                 group.create_task(self._outbox.run(), name=f"validator-{self._parts.number} outbox")
-                group.create_task(self._consume(driver), name=f"validator-{self._parts.number} messages")
+                group.create_task(self._intake.run(driver), name=f"validator-{self._parts.number} messages")
+                group.create_task(self._keep_evidence(), name=f"validator-{self._parts.number} evidence")
                 if self._parts.topics.control_policy_ack:
                     group.create_task(self._consume_acks(), name=f"validator-{self._parts.number} acks")
 
@@ -195,6 +205,8 @@ class ValidatorRole:
             journal = stack.enter_context(
                 Journal.open(parts.safety_file, chain_id=parts.genesis.chain_id, public_key=parts.key.public)
             )
+        except KeyInUseError:
+            raise  # not even to observe: two processes would share a store and take each other's messages
         except JournalError as error:
             self._log.error("observer", reason=str(error))
             return MemoryJournal(SafetyRecord.fresh(self._committee.genesis_cert())), None
@@ -230,110 +242,23 @@ class ValidatorRole:
         return Shell(
             transport=self._parts.transport,
             journal=journal,
-            source=recovery.StoredBlocks(self._parts.store),
+            source=recovery.ServedBlocks(self._parts.store, self._not_served),
             on_commit=self._commit,
             on_evidence=self._accuse,
             wall_ms=self._parts.clock.wall_ms,
         )
 
-    async def _reload_mempool(self, driver: Driver[State]) -> None:
-        """Take up what was accepted before the last stop; its signatures were checked then."""
-        for entry in await self._parts.store.mempool.load():
-            unbound = self._rules.accept_unbound_fields
-            message = read_transaction(entry.payload, accept_unbound_fields=unbound)
-            self._application.remember(entry.digest)
-            self._nonces.record(message.pubkey, message.nonce, message.content_hash, entry.received_ms)
-            driver.submit(pending(entry.payload, message))
-
-    # Messages in
-
-    async def _consume(self, driver: Driver[State]) -> None:
-        """Take messages in batches of whatever has arrived, so that one flush of the journal serves many of them."""
-        topics = tuple(self._parts.topics.of_transactions())
-        arrived: asyncio.Queue[Delivery] = asyncio.Queue(BATCH_MAX)
-        async with self._parts.bus.subscribe(topics, self._group()) as deliveries, asyncio.TaskGroup() as group:
-            group.create_task(_fill(arrived, deliveries), name=f"validator-{self._parts.number} arrivals")
-            while True:
-                batch = [await arrived.get()]
-                while not arrived.empty():
-                    batch.append(arrived.get_nowait())
-                await self._take(driver, batch)
-                for delivery in _newest(batch):
-                    await deliveries.ack(delivery)
-
-    def _group(self) -> str:
-        return validator_group(str(self._parts.number), self._committee.n, self._parts.group)
-
-    async def _take(self, driver: Driver[State], batch: Sequence[Delivery]) -> None:
-        """Return when every message of the batch is journaled, known already, or a dead letter."""
-        now_ms = self._parts.clock.wall_ms()
-        kinds = self._parts.topics.of_transactions()
-        fresh: dict[bytes, Admitted] = {}
-        for delivery in batch:
-            kind = kinds[delivery.topic]
-            try:
-                admitted = verify_on_wire(kind, delivery.value, now_ms, self._ring, self._rules)
-                message = admitted.message
-                self._nonces.check(message.pubkey, message.nonce, message.content_hash, now_ms)
-            except EnvelopeError as error:
-                await self._refuse(kind, delivery, error)
-            else:
-                fresh.setdefault(admitted.transaction.digest, admitted)
-        await self._admit(driver, fresh, now_ms)
-
-    async def _admit(self, driver: Driver[State], fresh: Mapping[bytes, Admitted], now_ms: int) -> None:
-        """Journal messages in one transaction, then offer them to consensus."""
-        if not fresh:
-            return
-        entries = [JournaledTransaction(digest, entry.transaction.encode(), now_ms) for digest, entry in fresh.items()]
-        await self._patiently(lambda: self._parts.store.mempool.add(entries))
-        for entry, admitted in zip(entries, fresh.values(), strict=True):
-            message = admitted.message
-            self._nonces.record(message.pubkey, message.nonce, message.content_hash, now_ms)
-            self._application.remember(entry.digest)
-            self.counts.admitted += 1
-            while driver.submit(pending(entry.payload, message)) is Admission.FULL:
-                await driver.room()
-
-    async def _refuse(self, kind: TxKind, delivery: Delivery, error: EnvelopeError) -> None:
-        if error.code is Code.DUPLICATE or (error.code in LOCAL_CODES and await self._is_committed(kind, delivery)):
-            self.counts.duplicates += 1
-            return
-        self.counts.refused[error.code] += 1
-        self._log.warning("message_refused", topic=delivery.topic, offset=delivery.offset, code=error.code, reason=error.text)
-        if self._parts.topics.ai_dlq:
-            place = (delivery.topic, delivery.partition, delivery.offset)
-            now_ms = self._parts.clock.wall_ms()
-            letter = make_dead_letter(place, error, delivery.value, now_ms, f"validator-{self._parts.number}")
-            await self._patiently(lambda: self._publish(letter.raw_sha256, codec.encode(letter)))
-
-    async def _publish(self, key: bytes, value: bytes) -> None:
-        await self._parts.bus.publish(self._parts.topics.ai_dlq, key, value)
-
-    async def _is_committed(self, kind: TxKind, delivery: Delivery) -> bool:
-        digest = tx_digest(bytes((kind,)) + delivery.value)
-        return bool(await self._parts.store.mempool.committed([digest]))
-
-    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do what must be durable, again and again while the store or the bus is away; consumption waits meanwhile."""
-        pause_s = RETRY_FIRST_S
-        while True:
-            try:
-                return await work()
-            except (StoreUnavailable, BusError) as error:
-                self._log.warning("waiting", reason=str(error), retry_s=round(pause_s, 2))
-                await asyncio.sleep(pause_s * (1 + random.random() / 4))  # noqa: S311 - jitter, not a secret
-                pause_s = min(2 * pause_s, RETRY_MAX_S)
+    # Acks in
 
     async def _consume_acks(self) -> None:
         topic = self._parts.topics.control_policy_ack
-        async with self._parts.bus.subscribe((topic,), self._group()) as deliveries:
+        async with self._parts.bus.subscribe((topic,), self._group) as deliveries:
             async for delivery in deliveries:
                 await self._take_ack(deliveries, delivery)
 
     async def _take_ack(self, deliveries: Subscription, delivery: Delivery) -> None:
         try:
-            ack = open_ack(delivery.value, self._ring, self._domains)
+            ack = open_ack(delivery.value, self._intake.ring, self._domains)
         except EnvelopeError as error:
             self.counts.acks_refused += 1
             self._log.warning("ack_refused", offset=delivery.offset, code=error.code, reason=error.text)
@@ -350,7 +275,7 @@ class ValidatorRole:
                 acked_at_ms=ack.acked_at_ms,
                 body=delivery.value,
             )
-            self.counts.acks += await self._patiently(lambda: self._parts.store.feedback.add_ack(row))
+            self.counts.acks += await self._patience.until_done(lambda: self._parts.store.feedback.add_ack(row))
         await deliveries.ack(delivery)
 
     # Commits out
@@ -360,24 +285,35 @@ class ValidatorRole:
         assert self._driver is not None
         moment = records.Moment(self._parts.clock.wall_ms(), self._driver.record.last_voted_round)
         rows = await asyncio.to_thread(records.of_commit, commit, self._author, moment)
-        await self._patiently(lambda: self._parts.store.append(rows))
+        await self._patience.until_done(lambda: self._parts.store.append(rows))
         given_up = self._application.take_given_up()
         if given_up:
-            await self._patiently(lambda: self._parts.store.mempool.remove(given_up))
+            await self._patience.until_done(lambda: self._parts.store.mempool.remove(given_up))
         self._outbox.notify()
         self._parts.on_commit(commit)
         newest = commit.blocks[-1]
+        self._follow_ring(newest.execution.state)
         if newest.block.height >= self._snapshot_height + SNAPSHOT_EVERY:
             await self._save_snapshot(newest.block.height, newest.block.hash, newest.execution.state)
+
+    def _follow_ring(self, state: State) -> None:
+        """Admit messages by the key ring that operators have changed, from the block on that changed it."""
+        tables, before = state.tables, self._admits_by
+        if before is None or (tables.producers, tables.operators) != (before.producers, before.operators):
+            self._admits_by = tables
+            self._intake.ring = ledger_ring(self._parts.genesis, state)
 
     async def _save_snapshot(self, height: int, block_hash: bytes, state: State) -> None:
         body = await asyncio.to_thread(encode_snapshot, state)
         snapshot = StoredSnapshot(height, block_hash, state.root, body, self._parts.clock.wall_ms())
-        await self._patiently(lambda: self._parts.store.node.save_snapshot(snapshot))
+        await self._patience.until_done(lambda: self._parts.store.node.save_snapshot(snapshot))
         self._snapshot_height = height
 
     def _is_first(self, height: int) -> bool:
         return publishes_at_once(self._index, height, self._committee.n, faults(self._committee.n))
+
+    def _not_served(self, error: Exception) -> None:
+        self._log.warning("blocks_not_served", reason=str(error))
 
     def _outbox_failed(self, error: Exception) -> None:
         self._log.warning("outbox_waiting", reason=str(error))
@@ -385,14 +321,24 @@ class ValidatorRole:
     def _accuse(self, evidence: Evidence) -> None:
         member = self._parts.genesis.committee[accused(evidence)]
         self._log.error("equivocation", validator=member.name, kind=type(evidence).__name__)
+        self.counts.equivocations += 1
+        if not self._evidence.full():  # else the culprit has given more of it than anybody needs
+            self._evidence.put_nowait(evidence)
 
-
-async def _fill(arrived: asyncio.Queue[Delivery], deliveries: Subscription) -> None:
-    """Hand deliveries over; waits while the batch in work leaves no room."""
-    async for delivery in deliveries:
-        await arrived.put(delivery)
-
-
-def _newest(batch: Sequence[Delivery]) -> list[Delivery]:
-    """Return the last delivery of each partition: acknowledging it acknowledges those before it."""
-    return list({(delivery.topic, delivery.partition): delivery for delivery in batch}.values())
+    async def _keep_evidence(self) -> None:
+        """Write proofs of equivocation into the audit trail: signed by the culprit, they convince anybody, and for ever."""
+        kept: Counter[int] = Counter()
+        while True:
+            evidence = await self._evidence.get()
+            culprit = accused(evidence)
+            kept[culprit] += 1
+            if kept[culprit] > EVIDENCE_KEPT_MAX:
+                continue
+            entry = AuditEntry(
+                at_ms=self._parts.clock.wall_ms(),
+                actor=f"validator-{self._parts.number}",
+                action=f"equivocation {type(evidence).__name__}",
+                subject=self._committee.public_keys[culprit].hex(),
+                detail=encode_evidence(evidence),
+            )
+            await self._patience.until_done(partial(self._parts.store.node.add_audit, entry))
