@@ -40,7 +40,8 @@ web: $(STAMP)
 	@echo "nothing to build: the dashboard is not part of this version"
 
 bench: $(STAMP)
-	@$(BIN)/cybermesh bench all $(ARGS)
+	@$(BIN)/cybermesh bench idle $(ARGS)
+	@$(BIN)/cybermesh bench flows $(ARGS)
 
 # Longer campaigns, run by hand; their figures go to docs/measurements.md with seed and commit.
 nightly: $(STAMP)
