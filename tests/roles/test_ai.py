@@ -1,0 +1,63 @@
+"""The ai role on the bus: what it finds goes out in order, whatever the bus does, and a position only after it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from cybermesh.envelope.nonces import NonceSource
+from cybermesh.keystore import FileCounters
+from cybermesh.messages import TxKind
+from cybermesh.roles.ai import AiRole, Parts
+from cybermesh.roles.detection import open_detector
+from cybermesh.telemetry.sources.choose import open_source
+from cybermesh.wire.codec import decode_signed
+from tests.conftest import ROOT
+from tests.roles.site import TOPICS, Site
+
+CAPTURE = str(ROOT / "cybermesh/data/demo.pcap")
+
+
+async def test_detections_go_out_in_order_through_a_bus_that_was_away_and_positions_follow(alone: Site, tmp_path: Path) -> None:
+    positions: list[tuple[str, int]] = []
+    published: list[str] = []
+    detector = open_detector()
+    source = open_source(CAPTURE)
+    with FileCounters(tmp_path / "ai.nonces") as counters:
+        role = AiRole(
+            Parts(
+                genesis=alone.genesis,
+                key=alone.deployment.keys["ai-1"],
+                instance="ai-1",
+                topics=TOPICS,
+                bus=alone.bus,
+                nonces=NonceSource(counters),
+                clock=alone.clock,
+                sources={"demo": source},
+                pipeline=detector.pipeline,
+                model_version=detector.version,
+                on_published=lambda found: published.append(found.anomaly_id),
+                on_position=lambda _name, position: positions.append((position, len(published))),
+            )
+        )
+        alone.bus.refused_topics = {TOPICS.ai_evidence}
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(role.run(), name="ai")
+            await alone.bus.has_refused.wait()
+            await alone.until(lambda: role.problem is not None)
+            assert published == []
+            alone.bus.refused_topics = set()
+            await alone.until(role.finished.is_set, limit_s=20)
+            task.cancel()
+    source.close()
+    assert role.problem is None
+    anomalies = await alone.records(TOPICS.ai_anomalies, len(published))
+    assert len(anomalies) == len(published)
+    for partition in {record.partition for record in anomalies}:
+        mine = sorted((record for record in anomalies if record.partition == partition), key=lambda record: record.offset)
+        sent = [decode_signed(TxKind.ANOMALY, record.value).id for record in mine]
+        assert sent == [name for name in published if name in sent]
+    assert len(await alone.records(TOPICS.ai_evidence, len(published))) == len(published) >= 3
+    assert positions
+    assert positions[-1][0]
+    assert [count for _, count in positions] == sorted(count for _, count in positions)
