@@ -30,7 +30,7 @@ async def measure(seconds: float) -> Idle:
     """Run validators and an agent without work for a while."""
     with tempfile.TemporaryDirectory(prefix="cybermesh-idle-") as folder:
         async with AsyncExitStack() as stack:
-            watch = Watch(lambda _: None, lambda _number, _commit: None, lambda _: None, lambda _: None)
+            watch = Watch(lambda _: None, lambda _number, _commit: None, lambda _: None)
             assembly = Assembly(Path(folder), SystemClock(), watch)
             mesh = await assembly.open(stack, NoopBackend(), None)
             async with asyncio.TaskGroup() as group:

@@ -44,7 +44,6 @@ class Watch:
 
     on_published: Callable[[Published], None]
     on_commit: Callable[[int, Commit[LedgerState]], None]
-    on_given_up: Callable[[Sequence[bytes]], None]
     on_outcome: Callable[[Outcome], None]
 
 
@@ -139,7 +138,6 @@ class Assembly:
                 safety_file=safety_file,
                 clock=self._clock,
                 on_commit=lambda commit: self._watch.on_commit(number, commit),
-                on_given_up=self._watch.on_given_up,
             )
         )
 

@@ -79,21 +79,17 @@ class Story:
     published: list[Published] = field(default_factory=list)
     decided: dict[int, Decided] = field(default_factory=dict)
     settled: dict[str, str] = field(default_factory=dict)
-    given_up: set[bytes] = field(default_factory=set)
     outcomes: dict[int, tuple[Outcome, float]] = field(default_factory=dict)
     heights: dict[int, int] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """How much has happened; blocks alone do not count, for an idle chain makes them too."""
-        return len(self.published) + len(self.decided) + len(self.settled) + len(self.outcomes) + len(self.given_up)
+        return len(self.published) + len(self.decided) + len(self.settled) + len(self.outcomes)
 
     def fate(self, entry: Published) -> str | None:
-        """Return what became of a proposed policy: its receipt's code, or that no proposer wants it; None while it is open."""
-        if entry.policy_id in self.settled:
-            return self.settled[entry.policy_id]
-        # The leader found that it would change nothing, as when a decision about the same host is in force already.
-        return "no effect" if entry.policy_digest in self.given_up else None
+        """Return the code of the receipt that says what became of a proposed policy; None while it is open."""
+        return self.settled.get(entry.policy_id or "")
 
     def is_complete(self) -> bool:
         """Return whether every proposed policy was settled, and every decision that orders something was answered."""
@@ -168,7 +164,7 @@ class _Observer:
         self._told = told
         self._clock = clock
         self.genesis: Genesis | None = None
-        self.watch = Watch(self._published, self._committed, self._given_up, self._answered)
+        self.watch = Watch(self._published, self._committed, self._answered)
 
     def _published(self, entry: Published) -> None:
         self._story.published.append(entry)
@@ -176,10 +172,6 @@ class _Observer:
 
     def _answered(self, outcome: Outcome) -> None:
         self._story.outcomes.setdefault(outcome.decision_seq, (outcome, self._clock.monotonic_s()))
-        self._told()
-
-    def _given_up(self, digests: Sequence[bytes]) -> None:
-        self._story.given_up.update(digests)
         self._told()
 
     def _committed(self, number: int, commit: Commit[State]) -> None:

@@ -33,20 +33,13 @@ class LedgerApplication:
     """Adapts the ledger to consensus' ``Application`` port; remembers which transactions were verified.
 
     ``monotonic_s`` (a clock that never jumps, seconds) bounds the choice of a proposal to a quarter of the round timer: it
-    decides what this node proposes, never what it votes for. ``on_given_up`` is told the digests of candidates that this node,
-    as leader, left out for good.
+    decides what this node proposes, never what it votes for.
     """
 
-    def __init__(
-        self,
-        genesis: Genesis,
-        monotonic_s: Callable[[], float],
-        on_given_up: Callable[[Sequence[bytes]], None] = lambda _digests: None,
-    ) -> None:
+    def __init__(self, genesis: Genesis, monotonic_s: Callable[[], float]) -> None:
         self._genesis = genesis
         self._monotonic_s = monotonic_s
         self._choice_s = genesis.timing.base_ms / 4_000
-        self._on_given_up = on_given_up
         self._given_up: list[bytes] = []
         self._verified: OrderedDict[bytes, None] = OrderedDict()
 
@@ -83,10 +76,7 @@ class LedgerApplication:
             candidates=candidates,
             is_time_up=lambda: self._monotonic_s() >= end_s,
         )
-        if choice.refused:
-            digests = [tx_digest(raw) for raw in choice.refused]
-            self._given_up.extend(digests)
-            self._on_given_up(digests)
+        self._given_up.extend(tx_digest(raw) for raw in choice.refused)
         return Selection(choice.payload, choice.refused)
 
     def take_given_up(self) -> tuple[bytes, ...]:

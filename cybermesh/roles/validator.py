@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,7 +72,6 @@ class ValidatorParts:
     safety_file: Path
     clock: Clock
     on_commit: Callable[[Commit[State]], None] = lambda _commit: None
-    on_given_up: Callable[[Sequence[bytes]], None] = lambda _digests: None
 
 
 @dataclass(slots=True)
@@ -121,7 +120,7 @@ class ValidatorRole:
                 f"key {parts.key.public.hex()} belongs to no validator of the genesis; use this node's own key"
             )
         self._index = index
-        self._application = LedgerApplication(parts.genesis, parts.clock.monotonic_s, parts.on_given_up)
+        self._application = LedgerApplication(parts.genesis, parts.clock.monotonic_s)
         self._patience = Patience(self._log)
         name, group = f"validator-{parts.number}", validator_group(str(parts.number), self._committee.n, parts.group)
         around = Surroundings(name, group, parts.topics, parts.bus, parts.store, parts.clock)
