@@ -1,4 +1,4 @@
-# setup · demo · test · check · proto · web · bench · nightly
+# setup · demo · test · check · proto · web · kafka · bench · nightly
 SHELL := /bin/sh
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: setup demo test check proto web bench nightly
+.PHONY: setup demo test check proto web kafka bench nightly
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ proto: $(STAMP)
 # The dashboard is not there yet; see CHANGELOG.md.
 web: $(STAMP)
 	@echo "nothing to build: the dashboard is not part of this version"
+
+# A development broker in the foreground; needs Java 17 and, the first time, Maven.
+kafka: $(STAMP)
+	@$(BIN)/python tools/kafka_broker.py run
 
 bench: $(STAMP)
 	@$(BIN)/cybermesh bench idle $(ARGS)

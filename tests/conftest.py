@@ -7,12 +7,14 @@ import inspect
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import pytest_asyncio
+
+from tools import kafka_broker as broker_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -55,6 +57,21 @@ def netns() -> None:
     if probe.returncode != 0:
         skip_or_fail("netns", f"ip netns add: {probe.stderr.strip()}")
     subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[broker_tool.Broker]:
+    """A running Kafka broker of our own, on a directory of its own.
+
+    The jars are fetched only when Kafka is required: a test run must not surprise anybody with a download.
+    """
+    try:
+        jars = broker_tool.fetch() if "kafka" in REQUIRED else broker_tool.cached()
+    except broker_tool.BrokerError as error:
+        skip_or_fail("kafka", str(error))
+        raise
+    with broker_tool.Broker(tmp_path_factory.mktemp("kafka"), jars) as broker:
+        yield broker
 
 
 @pytest.fixture(autouse=True)
