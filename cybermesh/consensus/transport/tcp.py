@@ -30,7 +30,17 @@ from cybermesh.consensus.transport import Frame, Kind
 from cybermesh.consensus.transport.inbox import Inbox
 from cybermesh.consensus.transport.queues import PeerQueue
 from cybermesh.consensus.transport.tcp_connection import Connection, Owner
-from cybermesh.consensus.transport.tcp_frames import KINDS, PING, TAGS, Greeting, Hello, Refusal, RefusedError, encode_frame
+from cybermesh.consensus.transport.tcp_frames import (
+    KINDS,
+    NO_FAULT,
+    PING,
+    TAGS,
+    Greeting,
+    Hello,
+    Refusal,
+    RefusedError,
+    encode_frame,
+)
 from cybermesh.consensus.transport.tls import make_contexts, member_of
 from cybermesh.keys import SigningKey
 from cybermesh.log import logger
@@ -190,25 +200,38 @@ class TcpTransport:
                     group.create_task(self._keep_calling(link), name=f"transport-{self.index} to {link.peer}")
         finally:
             for connection in list(self._open):
-                connection.refuse(Refusal.SPARE)
+                connection.refuse(Refusal.STOPPING)
                 await connection.closed.wait()
 
     # Connecting
 
     async def _accept(self, group: asyncio.TaskGroup) -> None:
-        loop = asyncio.get_running_loop()
         while True:
+            await self._somebody_calls()
+            # Without waiting from here on: a socket that is accepted while this task is cancelled would belong to nobody.
             try:
-                peer_socket, _ = await loop.sock_accept(self._listener)
+                peer_socket, _ = self._listener.accept()
+            except BlockingIOError:
+                continue
             except OSError:  # out of file descriptors, or the caller has gone again
                 self.counters.accept_failures += 1
                 await asyncio.sleep(self._limits.redial_first_s)
                 continue
+            peer_socket.setblocking(False)
             self._make_room()
             arrival = _Arrival(peer_socket, self._connection(self._any_member, called=None))
             task = group.create_task(self._answer(arrival), name=f"transport-{self.index} answer")
             self._arrivals[task] = arrival
             task.add_done_callback(self._forget)
+
+    async def _somebody_calls(self) -> None:
+        loop = asyncio.get_running_loop()
+        calls = asyncio.Event()
+        loop.add_reader(self._listener, calls.set)
+        try:
+            await calls.wait()
+        finally:
+            loop.remove_reader(self._listener)
 
     def _make_room(self) -> None:
         if len(self._arrivals) < self._limits.greetings_max:
@@ -364,7 +387,7 @@ class TcpTransport:
 
     def _ended(self, connection: Connection, refusal: Refusal | None) -> None:
         self._open.discard(connection)
-        if refusal is not None and refusal is not Refusal.SPARE:
+        if refusal is not None and refusal not in NO_FAULT:
             self._count(connection.peer, refusal)
         link = self._links[connection.peer] if connection.peer is not None else None
         if link is not None and link.connection is connection:

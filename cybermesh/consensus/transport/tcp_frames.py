@@ -66,6 +66,10 @@ class Refusal(enum.StrEnum):
     SILENT = "nothing heard"
     STUCK = "takes nothing"
     SPARE = "another connection is kept"
+    STOPPING = "this validator stops"
+
+
+NO_FAULT: Final = frozenset({Refusal.SPARE, Refusal.STOPPING})
 
 
 class RefusedError(Exception):
