@@ -74,6 +74,16 @@ class BusSettings(Section):
     """Which bus the roles meet on."""
 
     kind: Literal["memory", "local", "kafka"] = "memory"
+    path: Path = Field(
+        default=Path("/var/lib/cybermesh/bus.db"), description="file of the local bus, the same for all processes of the host"
+    )
+
+
+class Consensus(Section):
+    """How a validator reaches the others."""
+
+    peers: Path = Field(default=Path("/etc/cybermesh/peers.toml"), description="where each validator listens")
+    listen: str = Field(default="", description="HOST:PORT to listen on; default: the own address in the peers file")
 
 
 class Kafka(Section):
@@ -187,6 +197,7 @@ class Settings(Section):
     node: Node = Node()
     keys: Keys = Keys()
     bus: BusSettings = BusSettings()
+    consensus: Consensus = Consensus()
     kafka: Kafka = Kafka()
     topics: Topics = Topics()
     signing: Signing = Signing()

@@ -37,7 +37,8 @@ def configure(*, level: str = "info", json: bool = False, stream: TextIO | None 
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(file=out),
+        # The stream of the moment when a logger is made: stderr may be another one by then, and this one closed.
+        logger_factory=lambda *_names: structlog.PrintLogger(stream if stream is not None else sys.stderr),
         cache_logger_on_first_use=False,
     )
 

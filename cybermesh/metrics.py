@@ -39,6 +39,11 @@ METRICS: Mapping[str, Metric] = {
     "validator_refused_total": Metric("Messages refused.", is_total=True),
     "validator_equivocations_total": Metric("Proofs that a validator signed twice.", is_total=True),
     "validator_acks_total": Metric("Acks of agents stored.", is_total=True),
+    "validator_peers_connected": Metric("Validators connected to this one.", is_total=False),
+    "validator_connections_refused_total": Metric("Connections refused or cut off.", is_total=True),
+    "validator_frames_lost_total": Metric(
+        "Consensus messages dropped because a peer or this node was too slow.", is_total=True
+    ),
     "agent_acks_published_total": Metric("Acks published.", is_total=True),
     "agent_refused_total": Metric("Decisions refused before their proof was looked at.", is_total=True),
 }

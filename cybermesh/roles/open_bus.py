@@ -6,6 +6,7 @@ import time
 from contextlib import AbstractAsyncContextManager
 
 from cybermesh.bus import Bus
+from cybermesh.bus.local import LocalBus
 from cybermesh.bus.memory import MemoryBus
 from cybermesh.config import ConfigError, Settings
 
@@ -17,5 +18,12 @@ def open_bus(settings: Settings) -> AbstractAsyncContextManager[Bus]:
         ConfigError: The settings name a bus that this version does not have.
     """
     if settings.bus.kind == "memory":
-        return MemoryBus(lambda: time.time_ns() // 1_000_000)
-    raise ConfigError(f"bus.kind: {settings.bus.kind} is not part of this version; use memory")
+        return MemoryBus(_now_ms)
+    if settings.bus.kind == "local":
+        settings.bus.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return LocalBus(settings.bus.path, _now_ms)
+    raise ConfigError(f"bus.kind: {settings.bus.kind} is not part of this version; use local or memory")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,7 +1,7 @@
 """One process with one or more roles, composed from settings: what ``cybermesh run`` runs.
 
-All roles of the process share one bus. In this version validators reach each other in memory only, so a committee of several
-needs the demo, and a process that runs a validator must be a committee of one.
+All roles of the process share one bus. A validator among several reaches the others over TCP; one that is alone has nobody to
+reach.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 from collections.abc import Sequence
@@ -24,7 +25,10 @@ from cybermesh.api.health import Probes, serve
 from cybermesh.bus import Bus
 from cybermesh.bus.topics import Topics
 from cybermesh.config import ConfigError, Settings
+from cybermesh.consensus.committee import Committee
+from cybermesh.consensus.transport import Transport
 from cybermesh.consensus.transport.memory import MemoryNetwork
+from cybermesh.consensus.transport.tcp import TcpTransport, listen_on
 from cybermesh.detect.engines.rule_file import RuleError
 from cybermesh.enforce import surroundings
 from cybermesh.enforce.backends import Backend
@@ -43,6 +47,7 @@ from cybermesh.roles.ai import AiRole, Parts
 from cybermesh.roles.clock import Clock, SystemClock
 from cybermesh.roles.detection import open_detector
 from cybermesh.roles.open_bus import open_bus
+from cybermesh.roles.peers import parse_address, read_peers
 from cybermesh.roles.validator import ValidatorParts, ValidatorRole, safety_file_of
 from cybermesh.store.store import open_store
 from cybermesh.telemetry.sources import Source
@@ -104,6 +109,7 @@ class _Running:
 
     name: Role
     role: AiRole | ValidatorRole | AgentRole
+    transport: TcpTransport | None = None
 
     def problem(self) -> str:
         match self.role:
@@ -116,7 +122,12 @@ class _Running:
                 return self.role.problem or ""
 
     def figures(self) -> Figures:
-        return self.role.figures()
+        found = dict(self.role.figures())
+        if self.transport is not None:
+            found["validator_peers_connected"] = len(self.transport.peers)
+            found["validator_connections_refused_total"] = self.transport.counters.refused.total()
+            found["validator_frames_lost_total"] = self.transport.lost
+        return found
 
 
 async def _until_signal(running: Sequence[_Running], settings: Settings) -> None:
@@ -131,6 +142,8 @@ async def _until_signal(running: Sequence[_Running], settings: Settings) -> None
     )
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(entry.role.run(), name=entry.name) for entry in running]
+        transports = [entry.transport for entry in running if entry.transport is not None]
+        tasks += [group.create_task(transport.run(), name="transport") for transport in transports]
         tasks.append(group.create_task(serve(settings.http.host, settings.http.port, probes), name="health"))
         await stopped.wait()
         for task in tasks:
@@ -160,8 +173,10 @@ def _check(settings: Settings, genesis: Genesis, roles: Sequence[Role]) -> None:
         members = len(genesis.validators)
         if members > 1 and settings.node.id is None:
             raise ConfigError("node.id: a validator among several needs its number (NODE_ID)")
-        if members > 1:
-            raise ConfigError(f"{members} validators in the genesis: this version connects them inside `cybermesh demo` only")
+        if members > 1 and settings.bus.kind == "memory":
+            raise ConfigError(
+                "bus.kind: a memory bus ends at this process, and the other validators need one too; name another"
+            )
     elif settings.bus.kind == "memory" and len(roles) == 1:
         raise ConfigError("bus.kind: a memory bus ends at this process; run all roles in one, or name another bus")
 
@@ -171,7 +186,7 @@ async def _make(role: Role, context: _Context, stack: AsyncExitStack) -> _Runnin
         case Role.AI:
             return _Running(role, _make_ai(context, stack))
         case Role.VALIDATOR:
-            return _Running(role, await _make_validator(context, stack))
+            return await _make_validator(context, stack)
         case Role.AGENT:
             return _Running(role, _make_agent(context, stack))
 
@@ -206,12 +221,14 @@ def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
     )
 
 
-async def _make_validator(context: _Context, stack: AsyncExitStack) -> ValidatorRole:
+async def _make_validator(context: _Context, stack: AsyncExitStack) -> _Running:
     settings = context.settings
     key = context.key(Role.VALIDATOR)
+    is_alone = len(context.genesis.validators) == 1
+    tcp = None if is_alone else _open_transport(context, key, stack)
+    transport: Transport = tcp or stack.enter_context(MemoryNetwork(1).endpoint(0))
     store = await stack.enter_async_context(open_store(store_location(settings)))
-    transport = stack.enter_context(MemoryNetwork(1).endpoint(0))
-    return ValidatorRole(
+    role = ValidatorRole(
         ValidatorParts(
             genesis=context.genesis,
             key=key,
@@ -225,6 +242,23 @@ async def _make_validator(context: _Context, stack: AsyncExitStack) -> Validator
             clock=context.clock,
         )
     )
+    return _Running(Role.VALIDATOR, role, tcp)
+
+
+def _open_transport(context: _Context, key: SigningKey, stack: AsyncExitStack) -> TcpTransport:
+    settings = context.settings.consensus
+    addresses = read_peers(settings.peers, context.genesis)
+    committee = Committee.of(context.genesis.chain_id, addresses)
+    if key.public not in addresses:
+        raise ConfigError(f"keys.validator: {key.public.hex()} belongs to no validator of the genesis; use this node's own key")
+    address = parse_address(settings.listen, "consensus.listen") if settings.listen else addresses[key.public]
+    try:
+        listener = stack.enter_context(listen_on(address))
+    except OSError as error:
+        where = f"{address[0]}:{address[1]}"
+        raise ConfigError(f"consensus.listen: cannot listen on {where}: {error.strerror}; see {settings.peers}") from error
+    by_index = {index: addresses[public] for index, public in enumerate(committee.public_keys)}
+    return TcpTransport(committee, key, listener, by_index, random.random)
 
 
 def store_location(settings: Settings) -> str | Path:
