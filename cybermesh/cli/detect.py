@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from cybermesh.detect.engines.classifier import Classifier
     from cybermesh.detect.engines.rule_file import RuleSet
     from cybermesh.detect.pipeline import Pipeline
-    from cybermesh.telemetry.packets import PacketBatch
-    from cybermesh.telemetry.sources import Source
+    from cybermesh.telemetry.sources import Batch, Source
 
 Inputs = Annotated[list[str], typer.Argument(metavar="INPUT…", help="Captures (pcap, pcapng, .gz, .zst), or - for stdin.")]
 RulesFolder = Annotated[Path | None, typer.Option("--rules", help="Folder with rule files instead of the shipped ones.")]
@@ -127,7 +126,7 @@ def _classifier() -> Classifier | None:
         return None
 
 
-def _with_progress(source: Source) -> Iterator[PacketBatch]:
+def _with_progress(source: Source) -> Iterator[Batch]:
     """Yield the source's batches; on a terminal, show how far the input has been read."""
     if not sys.stderr.isatty():
         yield from source.batches()
@@ -146,7 +145,8 @@ def _tell(source: Source, pipeline: Pipeline) -> None:
     counters = source.counters
     skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(counters.skipped.items()))
     output.note(
-        f"{source.name}: {counters.packets} packets, {pipeline.flows} flows"
+        f"{source.name}: {counters.packets} {counters.unit}, {pipeline.flows} flows"
+        + (f", {pipeline.events} events" if pipeline.events else "")
         + (f"; skipped: {skipped}" if skipped else "")
         + (f"; {counters.ended}" if counters.ended else "")
     )

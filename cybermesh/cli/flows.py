@@ -13,13 +13,18 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
 from cybermesh.cli import output
 from cybermesh.telemetry.counters import Counters
-from cybermesh.telemetry.sources import DEFAULT_BLOCK, Source, SourceError
+from cybermesh.telemetry.flows import FlowBatch
+from cybermesh.telemetry.packets import PacketBatch
+from cybermesh.telemetry.sources import DEFAULT_BLOCK, Batch, Source, SourceError
+
+if TYPE_CHECKING:
+    from cybermesh.telemetry.metering import Meter
 
 RETAINED_FLOWS = 65_536  # below, every flow is kept to the end of the input, so that no disorder matters; about 50 MB
 _SLICE = 4096  # flows formatted at once
@@ -138,7 +143,9 @@ def run_flows(inputs: list[str], sink: BinaryIO, form: FlowFormat, columns: Flow
         header = b""
         with closing(source):
             for batch in source.batches():
-                finished = meter.add(batch)
+                finished = _finished(batch, meter)
+                if finished is None:
+                    continue
                 totals.flows += len(finished)
                 sink.writelines(write(finished.take(slice(at, at + _SLICE))) for at in range(0, len(finished), _SLICE))
                 progress.update(source, totals.packets + source.counters.packets)
@@ -151,6 +158,17 @@ def run_flows(inputs: list[str], sink: BinaryIO, form: FlowFormat, columns: Flow
         sink.write(write(rest))
     totals.evicted = meter.evicted
     return totals
+
+
+def _finished(batch: Batch, meter: Meter) -> FlowBatch | None:
+    """Return the flows that are finished with a batch: metered from packets, or as another meter reported them."""
+    match batch:
+        case PacketBatch():
+            return meter.add(batch)
+        case FlowBatch():
+            return batch
+        case _:
+            return None  # events are no flows
 
 
 def _check(inputs: list[str], out: Path | None, form: FlowFormat, columns: FlowColumns) -> None:
@@ -169,7 +187,7 @@ def _explain(name: str, counters: Counters) -> None:
     """Say what was not metered of one input, and why."""
     if counters.skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counters.skipped.most_common())
-        output.note(f"{name}: {counters.metered:,} of {counters.packets:,} packets metered; skipped: {reasons}")
+        output.note(f"{name}: {counters.metered:,} of {counters.packets:,} {counters.unit} metered; skipped: {reasons}")
     if counters.ended:
         output.note(f"{name}: {counters.ended}; what came before was metered")
 

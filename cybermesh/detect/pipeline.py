@@ -1,4 +1,4 @@
-"""Packets in, detections out: windows, meter and detector in one piece, the same for files and for live traffic.
+"""Packets, flows or events in, detections out: windows, meter and detector in one piece, the same for files and live traffic.
 
 ``feed`` works off whole hops of packet time, so what it returns does not depend on how a file is cut into batches. With
 ``prompt`` it also looks at what has grown since, which is what live traffic needs: nobody waits for a second to end.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, assert_never
 
 from cybermesh.detect.detector import Detection, Detector, Limits
 from cybermesh.detect.engines import Engine
@@ -16,9 +16,12 @@ from cybermesh.detect.engines.rule_file import RuleSet
 from cybermesh.detect.engines.rules import RuleEngine
 from cybermesh.detect.engines.statistics import METRICS, StatisticsEngine
 from cybermesh.detect.ensemble import Ensemble
+from cybermesh.telemetry.events import EventBatch
 from cybermesh.telemetry.flows import FlowBatch
 from cybermesh.telemetry.packets import PacketBatch
-from cybermesh.telemetry.windows import Scope
+from cybermesh.telemetry.sources import Batch
+from cybermesh.telemetry.windows import EVENT_COUNTS, Scope, WindowBatch
+from cybermesh.telemetry.windows_reports import EventWindows, FlowWindows
 from cybermesh.telemetry.windows_sliding import SlidingWindows
 
 STATISTICS_WINDOW_S = {Scope.DESTINATION: 10, Scope.SOURCE: 60}
@@ -36,29 +39,57 @@ class Meter(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The windows over what sources yield: packets, flows, events."""
+
+    packets: SlidingWindows
+    flows: FlowWindows
+    events: EventWindows
+
+
 class Pipeline:
     """Windows, an optional meter, and the detector they feed."""
 
-    def __init__(self, windows: SlidingWindows, meter: Meter | None, detector: Detector) -> None:
-        self.windows = windows
+    def __init__(self, windows: Windows, meter: Meter | None, detector: Detector) -> None:
+        self.windows = windows.packets
+        self.flow_windows = windows.flows
+        self.event_windows = windows.events
         self.detector = detector
         self.packets = 0
         self.flows = 0
+        self.events = 0
         self._meter = meter
 
-    def feed(self, batch: PacketBatch, *, prompt: bool = False) -> list[Detection]:
-        """Take a batch of packets; return the alerts that are new or escalate."""
-        self.packets += len(batch)
-        rows = self.windows.update(batch)
+    def feed(self, batch: Batch, *, prompt: bool = False) -> list[Detection]:
+        """Take a batch of a source; return the alerts that are new or escalate."""
+        match batch:
+            case PacketBatch():
+                self.packets += len(batch)
+                rows = self.windows.update(batch)
+                flows = self._metered(batch)
+            case FlowBatch():
+                self.flows += len(batch)
+                rows, flows = self.flow_windows.update(batch), batch
+            case EventBatch():
+                self.events += len(batch)
+                rows, flows = self.event_windows.update(batch), None
+            case _:
+                assert_never(batch)
         if prompt:
-            rows += self.windows.prompt()
-        return self.detector.detect(self._metered(batch), rows)
+            rows += [row for windows in self._windows for row in windows.prompt()]
+        return self.detector.detect(flows, rows)
 
     def finish(self) -> list[Detection]:
         """End the input: score what is still open; return new and escalating alerts, then the last state of the others."""
         flows = self._meter.flush() if self._meter is not None else None
         self.flows += len(flows) if flows is not None else 0
-        return self.detector.detect(flows, self.windows.finish()) + self.detector.finish()
+        rows: list[WindowBatch] = [row for windows in self._windows for row in windows.finish()]
+        return self.detector.detect(flows, rows) + self.detector.finish()
+
+    @property
+    def _windows(self) -> tuple[SlidingWindows, FlowWindows, EventWindows]:
+        return self.windows, self.flow_windows, self.event_windows
 
     def _metered(self, batch: PacketBatch) -> FlowBatch | None:
         if self._meter is None:
@@ -102,7 +133,9 @@ def build(
     engines: list[Engine] = [RuleEngine(rules, flow_names), statistics if statistics is not None else StatisticsEngine()]
     engines += more_engines
     detector = Detector(engines, decision.ensemble, decision.limits, rules, decision.model_digest)
-    return Pipeline(SlidingWindows(wanted(rules)), meter, detector)
+    of_packets = wanted(RuleSet(tuple(rule for rule in rules.rules if not rule.names & EVENT_COUNTS)))
+    windows = Windows(SlidingWindows(of_packets), FlowWindows(of_packets), EventWindows(rules.wanted()))
+    return Pipeline(windows, meter, detector)
 
 
 def wanted(rules: RuleSet) -> Mapping[Scope, tuple[int, ...]]:

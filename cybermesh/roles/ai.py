@@ -37,8 +37,7 @@ from cybermesh.metrics import Figures
 from cybermesh.roles.clock import Clock
 from cybermesh.roles.patience import Patience
 from cybermesh.roles.ring import control_domains, key_ring
-from cybermesh.telemetry.packets import PacketBatch
-from cybermesh.telemetry.sources import Source
+from cybermesh.telemetry.sources import Batch, Source, newest_us
 from cybermesh.wire import codec
 from cybermesh.wire.control import open_ack, open_commit
 
@@ -144,7 +143,7 @@ class AiRole:
             await self._found.put(found)
         await self._found.put(None)
 
-    def _score_next(self, batches: Iterator[PacketBatch]) -> list[tuple[Detection, float]] | None:
+    def _score_next(self, batches: Iterator[Batch]) -> list[tuple[Detection, float]] | None:
         """Read and score one block in the worker thread; None at the end of the source."""
         batch = next(batches, None)
         if batch is None:
@@ -260,17 +259,17 @@ class _ReadTimes:
     def __init__(self, blocks_max: int = 4096) -> None:
         self._blocks: deque[tuple[int, float]] = deque(maxlen=blocks_max)
 
-    def add(self, batch: PacketBatch, now_s: float) -> None:
-        if len(batch):
-            newest_us = int(batch.ts_us.max())
-            previous_us = self._blocks[-1][0] if self._blocks else newest_us
-            self._blocks.append((max(newest_us, previous_us), now_s))
+    def add(self, batch: Batch, now_s: float) -> None:
+        newest = newest_us(batch)
+        if newest is not None:
+            previous_us = self._blocks[-1][0] if self._blocks else newest
+            self._blocks.append((max(newest, previous_us), now_s))
 
     def when(self, packet_us: int) -> float:
         """Return when the block that holds this packet time was read."""
         found = self._blocks[-1][1] if self._blocks else 0.0
-        for newest_us, read_s in reversed(self._blocks):
-            if newest_us < packet_us:
+        for newest, read_s in reversed(self._blocks):
+            if newest < packet_us:
                 break
             found = read_s
         return found

@@ -62,7 +62,7 @@ class Variant:
     """One family of headers: ``columns[feature]`` is the spelling; a feature without one is unknown in it.
 
     ``other_meaning`` are the features whose column does not hold what this project defines. ``exact`` is false where the
-    spelling is only compared after ``abbreviated``.
+    spelling is only compared after ``abbreviated``. ``addresses`` are the columns of source and destination.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Variant:
     time: str | None
     other_meaning: frozenset[str] = OTHER_MEANING
     exact: bool = True
+    addresses: tuple[str, str] | None = None
 
     def places(self, header: Sequence[str]) -> dict[str, int]:
         """Return the index in ``header`` of every feature that is there; the first of two equal names counts."""
@@ -87,25 +88,44 @@ def _variants() -> tuple[Variant, ...]:
     original = CIC_NAMES | _ORIGINAL
     own = {feature: feature for feature in NAMES}
     return (
-        Variant(IMPROVED, CIC_NAMES, "Timestamp"),
-        Variant("CIC with addresses (2017 and 2019, 85 or 88 columns)", original, "Timestamp"),
+        Variant(IMPROVED, CIC_NAMES, "Timestamp", addresses=("Src IP", "Dst IP")),
+        Variant(
+            "CIC with addresses (2017 and 2019, 85 or 88 columns)",
+            original,
+            "Timestamp",
+            addresses=("Source IP", "Destination IP"),
+        ),
         Variant(
             "CIC-IDS2017 MachineLearningCVE (79 columns)",
             {feature: column for feature, column in original.items() if feature not in {"src_port", "protocol"}},
             None,
         ),
-        Variant("CyberMesh flows (the 79 features under their own names)", own, "start_us", other_meaning=frozenset()),
-        Variant("Python cicflowmeter (82 columns)", own | {"cwe_flag_count": "cwr_flag_count"}, "timestamp"),
+        Variant(
+            OWN,
+            own,
+            "start_us",
+            other_meaning=frozenset(),
+            addresses=("src_ip", "dst_ip"),
+        ),
+        Variant(
+            PYTHON,
+            own | {"cwe_flag_count": "cwr_flag_count"},
+            "timestamp",
+            addresses=("src_ip", "dst_ip"),
+        ),
         Variant(
             "CSE-CIC-IDS2018 (80 columns)",
             {feature: feature for feature in own if feature != "src_port"},
             "Timestamp",
             exact=False,
+            addresses=("Src IP", "Dst IP"),  # one of its ten files has them
         ),
     )
 
 
 IMPROVED = "CIC improved (2022, 91 columns)"
+OWN = "CyberMesh flows (the 79 features under their own names)"
+PYTHON = "Python cicflowmeter (82 columns)"
 VARIANTS = _variants()
 
 

@@ -52,8 +52,14 @@ COUNTS = (
     "sessions",  # established connections that ended
     "short_sessions",  # of these: a dialogue in both directions, at most 60 s and 16 kB either way (an authentication attempt)
     "empty_sessions",  # of these: nothing said by either side (a connect scan's or a health check's shape)
-    "login_failures",  # refusals in clear text: FTP 530, POP3 -ERR, SMTP 535
+    "login_failures",  # refusals in clear text: FTP 530, POP3 -ERR, SMTP 535; or failed logins by a service's log
+    "login_successes",
+    "web_requests",
+    "web_errors",  # of these, answered by a status of 400 or more
+    "web_refused",  # of these, answered by 401 or 403
 )
+
+EVENT_COUNTS = frozenset({"login_successes", "web_requests", "web_errors", "web_refused"})  # no packet tells them
 
 # Derived when a row is emitted.
 DERIVED = (
@@ -76,7 +82,7 @@ COLUMN = {name: index for index, name in enumerate(NAMES)}
 
 
 class Service(enum.IntEnum):
-    """Authentication service behind a port, from its banner or else from its well-known port."""
+    """Authentication service behind a port, from its banner or else from its well-known port, or the one that keeps a log."""
 
     UNKNOWN = 0
     SSH = 1
@@ -87,6 +93,10 @@ class Service(enum.IntEnum):
     IMAP = 6
     RDP = 7
     VNC = 8
+    POSTGRESQL = 9
+    MYSQL = 10
+    HTTP = 11
+    SUDO = 12
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,13 @@ for _ports, _service in (
 ):
     _PORT_SERVICE[list(_ports)] = _service
 
+
+def service_of(ports: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+    """Return the authentication services (``Service``) that usually listen on these TCP ports."""
+    services: npt.NDArray[np.uint8] = _PORT_SERVICE[ports]
+    return services
+
+
 # A reply belongs to its request's conversation; the pairs are those of both versions of ICMP.
 _REQUEST_OF = np.arange(256, dtype=np.uint8)
 for _reply, _request in ((0, 8), (14, 13), (16, 15), (18, 17), (129, 128)):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from cybermesh.telemetry.windows import COLUMN, COUNTS, NAMES, Scope, WindowBatch
+from cybermesh.telemetry.windows import COLUMN, COUNTS, EVENT_COUNTS, NAMES, Scope, WindowBatch
 from cybermesh.telemetry.windows_table import SKETCH_CELLS, SlidingTable
 
 KINDS: Mapping[Scope, tuple[str, ...]] = {  # the items each scope's table keeps, in order
@@ -39,6 +39,7 @@ def window_rows(table: SlidingTable, scope: Scope, window: int, slots: npt.NDArr
     if "peers" in tops:
         peer = tops["peers"]
     known = np.ones(len(NAMES), np.bool_)
+    known[[COLUMN[name] for name in EVENT_COUNTS]] = False
     for name in ("ports", "peers", "networks"):
         known[COLUMN[name]] = name in kinds
     for name in ("port_entropy", "port_share"):

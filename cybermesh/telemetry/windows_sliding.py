@@ -135,7 +135,7 @@ class SlidingWindows:
             chosen = every if scope is Scope.DESTINATION else familiar
             if scope is Scope.SERVICE:
                 chosen = chosen[rows.established[chosen]]
-            table.add(int(chunk.hop[0]), _additions(scope, rows, chosen))
+            table.add(int(chunk.hop[0]), additions(scope, rows, chosen))
 
     def _strange(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """Mark rows whose initiator is a stranger, if there are so many that they are a flood's."""
@@ -164,7 +164,7 @@ def _keys(scope: Scope, rows: Rows, chosen: npt.NDArray[np.intp]) -> npt.NDArray
     return keys
 
 
-def _additions(scope: Scope, rows: Rows, chosen: npt.NDArray[np.intp]) -> Additions:
+def additions(scope: Scope, rows: Rows, chosen: npt.NDArray[np.intp]) -> Additions:
     """Return what one hop's chosen connections add to a scope's table."""
     ports = np.zeros((len(chosen), 16), np.uint8)
     ports[:, 0] = rows.port[chosen] >> np.uint16(8)

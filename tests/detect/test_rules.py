@@ -47,7 +47,7 @@ def test_a_shipped_rule_reaches_its_types_threshold_where_it_fires(rule: Rule) -
 
 
 def test_the_shipped_rules_cover_what_they_promise() -> None:
-    assert {rule.id.split("-")[0] for rule in RULES} == {"flood", "scan", "brute"}
+    assert {rule.id.split("-")[0] for rule in RULES} == {"flood", "scan", "brute", "web"}
     assert all(rule.spoofable for rule in RULES if rule.id.startswith("flood"))
     assert not any(rule.spoofable for rule in RULES if not rule.id.startswith("flood"))
 

@@ -96,7 +96,8 @@ def address_text(packed: npt.NDArray[np.uint8]) -> str:
 def _window_finding(rule: Rule, windows: WindowBatch, row: int, values: Mapping[str, float]) -> Finding:
     """Name the parties of a window's row: the initiator (of a destination's row, the most active one) and its victim."""
     shares = {name: float(windows.values[row, COLUMN[name]]) for name in ("port_share", "peer_share")}
-    source, victim = address_text(windows.source[row]), address_text(windows.destination[row])
+    source = address_text(windows.source[row])
+    victim = address_text(windows.destination[row]) if windows.destination[row].any() else ""  # a log knows no addresses
     if windows.scope is Scope.DESTINATION:
         source = address_text(windows.peer[row])
     elif windows.scope in (Scope.SOURCE, Scope.FANOUT):

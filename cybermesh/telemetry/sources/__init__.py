@@ -8,12 +8,17 @@ that is missing, unreadable, empty, or of another format altogether is an error,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from cybermesh.telemetry.counters import Counters
+from cybermesh.telemetry.events import EventBatch
+from cybermesh.telemetry.flows import FlowBatch
 from cybermesh.telemetry.packets import PacketBatch
 
-DEFAULT_BLOCK = 16_384  # packets in a batch
+DEFAULT_BLOCK = 16_384  # packets, flows or events in a batch
+
+Batch: TypeAlias = PacketBatch | FlowBatch | EventBatch
+"""What a source yields: packets (captures, a network interface), flows (another meter's) or events (logs)."""
 
 
 class SourceError(Exception):
@@ -21,11 +26,13 @@ class SourceError(Exception):
 
 
 class Source(Protocol):
-    """A stream of packets.
+    """A stream of packets, flows or events; one source may yield more than one sort.
 
     Contract: ``batches`` may be iterated once. After each batch ``counters`` are up to date, and ``position`` says where
     reading goes on; a source opened later on the same input with that position yields what followed, all of it and only once.
-    ``position`` is opaque text for keeping. The payload bytes of a batch are valid until the next one is asked for.
+    ``position`` is opaque text for keeping. The payload bytes of packets are valid until the next batch is asked for. A source
+    that follows its input never ends by itself: while there is nothing to read it yields empty batches, several a second, so
+    that whoever iterates can stop.
     """
 
     @property
@@ -48,10 +55,16 @@ class Source(Protocol):
         """Share of the input read so far, 0-1; None where its size is not known."""
         ...
 
-    def batches(self) -> Iterator[PacketBatch]:
-        """Yield the packets in file order, in batches of at most the block size; empty batches are possible."""
+    def batches(self) -> Iterator[Batch]:
+        """Yield what is read in its order, in batches of at most the block size; empty batches are possible."""
         ...
 
     def close(self) -> None:
         """Close the input; may be called more than once."""
         ...
+
+
+def newest_us(batch: Batch) -> int | None:
+    """Return the latest time in a batch, microseconds since 1970: of a packet, of a flow's end, of an event."""
+    times = batch.end_us if isinstance(batch, FlowBatch) else batch.ts_us
+    return int(times.max()) if len(times) else None

@@ -36,12 +36,14 @@ class CaptureSource:
             buffer_bytes: Size of the buffer, at least 1 MiB; bounds memory and a batch's bytes.
 
         Raises:
-            SourceError: The input is missing, unreadable, empty, or not a capture.
+            SourceError: The input is missing, unreadable, empty, or not a capture, or the position is none.
         """
         assert block >= 1
         assert buffer_bytes >= 1 << 20
         self._counters = Counters()
         self._block = block
+        if position and not (position.isascii() and position.isdecimal()):
+            raise SourceError(f"{where}: the kept position is not one of a capture; forget it to read from the beginning")
         self._stream = ByteStream(where, buffer_bytes)
         try:
             self._reader = self._recognise(int(position or 0))

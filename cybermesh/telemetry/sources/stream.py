@@ -31,8 +31,8 @@ class ByteStream:
     ``start`` is moved forward by the reader; ``damage`` says why the bytes ended, if not because the input did.
     """
 
-    def __init__(self, where: str, size: int = BUFFER_BYTES) -> None:
-        """Open ``where``, a path or ``-`` for standard input.
+    def __init__(self, where: str, size: int = BUFFER_BYTES, *, wanted: str = "a capture (pcap or pcapng)") -> None:
+        """Open ``where``, a path or ``-`` for standard input; ``wanted`` is what to give instead of an empty input.
 
         Raises:
             SourceError: It is missing, not a file, not readable, or empty.
@@ -50,7 +50,7 @@ class ByteStream:
         self.need(_HEAD_BYTES)
         if self.end == 0:
             self.close()
-            raise SourceError(f"{self.name}: {self.damage or 'is empty'}; give a capture (pcap or pcapng)")
+            raise SourceError(f"{self.name}: {self.damage or 'is empty'}; give {wanted}")
 
     def _uncompressed(self) -> Readable:
         head = b""

@@ -196,8 +196,8 @@ def test_foreign_input_is_one_clear_error(tmp_path: Path, content: bytes, says: 
 def test_missing_input_folder_and_unknown_kind_are_clear_errors(tmp_path: Path) -> None:
     for spec, says in [
         (str(tmp_path / "no"), "no such file"),
-        (str(tmp_path), "folder"),
-        ("live:eth0", "not read"),
+        (str(tmp_path), "holds no files"),
+        ("kafka:telemetry.features.v1", "not read"),
         ("pcap:", "names"),
     ]:
         with pytest.raises(SourceError, match=says):
