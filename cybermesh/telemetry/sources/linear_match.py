@@ -19,7 +19,10 @@ class PatternError(ValueError):
 
 
 class LinearPattern:
-    """A compiled expression over bytes, matched against whole texts."""
+    """A compiled expression over bytes, matched against whole texts.
+
+    ``spans(text)`` gives the span of the match and of each group, (-1, -1) where there is none.
+    """
 
     def __init__(self, expression: str) -> None:
         """Compile ``expression``.
@@ -39,11 +42,7 @@ class LinearPattern:
         self.groups: Mapping[str, int] = {_text(name): number for name, number in compiled.groupindex.items()}
         match = compiled._regexp.Match  # noqa: SLF001 - see above
         both = re2._re2.RE2.Anchor.ANCHOR_BOTH  # noqa: SLF001
-        self._spans: Callable[[bytes], list[tuple[int, int]]] = lambda text: match(both, text, 0, len(text))
-
-    def spans(self, text: bytes) -> list[tuple[int, int]]:
-        """Match the whole text; return the span of the match and of each group, (-1, -1) where there is none."""
-        return self._spans(text)
+        self.spans: Callable[[bytes], list[tuple[int, int]]] = lambda text: match(both, text, 0, len(text))
 
 
 def _text(name: str | bytes) -> str:

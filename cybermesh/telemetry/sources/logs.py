@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from cybermesh.telemetry.counters import Counters
 from cybermesh.telemetry.event_rows import NOWHERE, packed
@@ -112,8 +113,8 @@ class LogMatcher:
             service=constants[:, 3].astype(np.uint8),
             status=np.array(status, np.uint16),
             count=np.array(count, np.int64),
-            host=np.array([name.decode("utf-8", "replace") for name in host], np.object_),
-            text=np.array([name.decode("utf-8", "replace") for name in text], np.object_),
+            host=_texts(host),
+            text=_texts(text),
         )
 
     def _match(self, program: bytes, text: bytes, when: bytes | int | None, host: bytes) -> Found | str:
@@ -174,6 +175,12 @@ def _times(found: Found, count: int) -> Found:
     """Return an event that happened so many times more often."""
     ts_us, number, source, outcome, status, once, host, user = found
     return ts_us, number, source, outcome, status, once * count, host, user
+
+
+def _texts(raw: Sequence[bytes]) -> npt.NDArray[np.object_]:
+    """Return bytes as texts, each different one decoded once."""
+    decoded = {each: each.decode("utf-8", "replace") for each in set(raw)}
+    return np.array([decoded[each] for each in raw], np.object_)
 
 
 @functools.lru_cache(maxsize=65_536)
