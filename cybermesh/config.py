@@ -89,18 +89,23 @@ class Consensus(Section):
 class Kafka(Section):
     """The Kafka client; TLS and SASL are required outside development."""
 
-    brokers: Names = ("localhost:9092",)
+    brokers: Names = Field(default=("localhost:9092",), min_length=1, description="HOST:PORT of some brokers of the cluster")
     tls_enabled: bool = False
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
     sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    sasl_username: str = ""
+    sasl_username: str = Field(default="", description="user at the brokers; empty: no SASL")
     sasl_password: SecretStr = SecretStr("")
     sasl_password_file: Path | None = None
     compression: Literal["none", "snappy", "zstd", "lz4", "gzip"] = "snappy"
     producer_idempotent: bool = True
     consumer_group_id: str = "cybermesh-consensus"
+    create_topics: bool = Field(default=True, description="make topics that are missing")
+    partitions: int = Field(default=8, ge=1, le=1_000, description="of a topic that is made")
+    replication_factor: int = Field(
+        default=-1, ge=-1, le=100, description="of a topic that is made; -1: as the brokers are set"
+    )
 
 
 class Topics(Section):
@@ -209,13 +214,35 @@ class Settings(Section):
     log: Log = Log()
 
     @model_validator(mode="after")
-    def _protected_outside_development(self) -> Self:
-        if self.bus.kind == "kafka" and self.node.environment is not Environment.DEVELOPMENT:
-            if not self.kafka.tls_enabled:
-                raise ValueError(f"kafka.tls_enabled: {self.node.environment} requires TLS to the brokers; set it to true")
-            if not self.kafka.sasl_mechanism and self.kafka.cert_file is None:
-                raise ValueError("kafka.sasl_mechanism: set a mechanism, or kafka.cert_file for mutual TLS")
+    def _kafka_is_usable_and_protected(self) -> Self:
+        if self.bus.kind == "kafka":
+            self._check_credentials()
+            if self.node.environment is not Environment.DEVELOPMENT:
+                self._check_protection()
         return self
+
+    def _check_credentials(self) -> None:
+        kafka = self.kafka
+        if kafka.sasl_mechanism and kafka.sasl_username:
+            if kafka.sasl_mechanism == "PLAIN" and not kafka.tls_enabled:
+                raise ValueError(
+                    "kafka.sasl_mechanism: PLAIN sends the password as it is; set kafka.tls_enabled, or use SCRAM-SHA-512"
+                )
+            if not kafka.sasl_password.get_secret_value() and kafka.sasl_password_file is None:
+                raise ValueError(
+                    "kafka.sasl_password: kafka.sasl_username is set; set kafka.sasl_password_file or this one too"
+                )
+        if kafka.key_file is not None and kafka.cert_file is None:
+            raise ValueError("kafka.key_file: set kafka.cert_file too, which it belongs to")
+
+    def _check_protection(self) -> None:
+        if not self.kafka.tls_enabled:
+            raise ValueError(f"kafka.tls_enabled: {self.node.environment} requires TLS to the brokers; set it to true")
+        if not (self.kafka.sasl_mechanism and self.kafka.sasl_username) and self.kafka.cert_file is None:
+            raise ValueError(
+                f"kafka.sasl_username: {self.node.environment} requires SASL; set it with its password,"
+                " or kafka.cert_file for mutual TLS"
+            )
 
 
 KEY_PATHS = tuple(

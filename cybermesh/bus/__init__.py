@@ -6,7 +6,8 @@ Contract (one test suite runs over every implementation):
 - ``subscribe`` yields each record of the topics to each *group* once or more, in order per partition; a key always maps to the
   same partition, so one entity's records stay in order.
 - A delivery counts as processed only after ``ack``; what was not acknowledged comes again to the group's next subscriber.
-- Buffers are bounded: a slow subscriber makes ``publish`` wait (memory) or lags (Kafka); nothing is dropped.
+  The mark may be made durable a moment later: what it was not when a process died comes again too.
+- Buffers are bounded: a slow subscriber makes ``publish`` wait (memory, local) or lags (Kafka); nothing is dropped.
 - Leaving the subscription's context stops delivery; leaving the bus's context flushes what was published.
 - Cancellation is safe at every await: a cancelled ``publish`` may or may not have happened, as after a crash.
 """
@@ -58,6 +59,11 @@ class Subscription(Protocol):
 
 class Bus(Protocol):
     """What roles need from a message bus."""
+
+    @property
+    def trouble(self) -> str:
+        """What keeps the bus from working now, for /ready; empty when nothing does."""
+        ...
 
     async def publish(self, topic: str, key: bytes, value: bytes) -> Published:
         """Append a record; return when it is durable.

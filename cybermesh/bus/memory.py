@@ -146,6 +146,11 @@ class MemoryBus:
         self._members: dict[str, list[MemorySubscription]] = {}
         self.is_closed = False
 
+    @property
+    def trouble(self) -> str:
+        """Empty: memory does not fail."""
+        return ""
+
     async def __aenter__(self) -> Self:
         return self
 

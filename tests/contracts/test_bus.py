@@ -144,6 +144,7 @@ async def test_a_record_arrives_as_it_was_published(bus: Bus, topic: str) -> Non
     assert (delivery.topic, delivery.key, delivery.value) == (topic, b"10.0.0.1", b"\x00\xffvalue")
     assert (delivery.topic, delivery.partition, delivery.offset) == (published.topic, published.partition, published.offset)
     assert delivery.timestamp_ms > 0
+    assert bus.trouble == ""
 
 
 async def test_records_of_one_key_keep_their_order_in_one_partition(bus: Bus, topic: str) -> None:
