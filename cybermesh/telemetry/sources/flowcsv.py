@@ -194,6 +194,7 @@ def _checked(
     values, numbers, reason = rest
     by_feature = dict(zip((feature for feature, _ in layout.features), values, strict=True))
     small = [by_feature.get(COLUMN[name], 0.0) for name in ("src_port", "dst_port", "protocol")]
+    small[:2] = [0.0 if value == -1 else value for value in small[:2]]  # the Python tool's way to say: none
     if not all(0 <= value < limit and value == int(value) for value, limit in zip(small, (_PORTS, _PORTS, 256), strict=True)):
         return OUT_OF_RANGE
     sport, dport, protocol = map(int, small)

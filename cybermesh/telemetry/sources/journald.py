@@ -68,11 +68,12 @@ class JournalSource:
         self._out = self._process.stdout.fileno()
         self._rest = b""
         self._first = self._read(wait_s=None if not follow else POLL_S)
-        if self._process.poll() not in {None, 0} and not self._first:
+        if self._process.poll() is not None and not self._first and (self._process.returncode or not position):
             self._errors.seek(0)
             reason = self._errors.read().decode("utf-8", "replace").strip().splitlines()
             self.close()
-            raise SourceError(f"logs:{NAME}: {reason[-1] if reason else 'journalctl failed'}; give log files instead")
+            shown = reason[-1] if reason else "the journal is empty, or this user may not read it"
+            raise SourceError(f"logs:{NAME}: {shown}; give log files instead")
 
     @property
     def name(self) -> str:

@@ -94,6 +94,12 @@ def test_seconds_of_the_python_tool_become_microseconds(tmp_path: Path) -> None:
         assert (batch.features[0, COLUMN["flow_duration"]], batch.features[0, COLUMN["flow_iat_max"]]) == (expected, 250_000)
 
 
+def test_ports_that_the_python_tool_does_not_know_are_none(tmp_path: Path) -> None:
+    times = {"timestamp": "2025-09-12 16:19:49", "src_ip": "192.0.2.7", "dst_ip": "192.0.2.8"}
+    batch = flows(table(tmp_path / "t.csv", PYTHON, {"src_port": -1, "dst_port": -1, "protocol": 1}, **times))
+    assert (batch.sport[0], batch.dport[0], batch.features[0, :3].tolist()) == (0, 0, [0, 0, 1])
+
+
 def test_known_deviations_are_undone_and_nothing_is_negative_or_infinite(tmp_path: Path) -> None:
     row = {
         "flow_duration": 0,

@@ -81,3 +81,5 @@ def test_without_journalctl_or_a_journal_the_error_says_so(tmp_path: Path, monke
     words = [sys.executable, "-c", "import sys; sys.exit('No journal files were found.')"]
     with pytest.raises(SourceError, match="No journal files were found"):
         JournalSource(command=words)
+    with pytest.raises(SourceError, match="empty"):
+        JournalSource(command=[sys.executable, "-c", ""])
