@@ -22,7 +22,7 @@ demo: $(STAMP)
 	@$(BIN)/cybermesh demo $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check .
