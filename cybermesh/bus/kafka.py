@@ -82,9 +82,8 @@ class KafkaBus:
             BusError: the bus is closed, or the brokers refuse for good.
         """
         tasks = self._open_tasks(", ".join(topics))
-        await self._topics.ensure(topics)
         subscription = KafkaSubscription(self._options, topics, group, self._troubles)
-        task = tasks.create_task(subscription.run(from_start=from_start), name=f"subscribe {group}")
+        task = tasks.create_task(subscription.run(self._topics.ensure, from_start=from_start), name=f"subscribe {group}")
         self._running.add(task)
         try:
             await subscription.joined.wait()

@@ -26,6 +26,8 @@ from cybermesh.messages import MIB
 
 RECORD_MAX = 2 * MIB
 REQUEST_TIMEOUT_MS = 15_000
+# What leaving may take when a broker accepts requests and does not answer; asyncio ends what is left with the event loop.
+LEAVE_S = 1.0
 PAUSE_FIRST_S = 0.1
 PAUSE_MAX_S = 5.0
 

@@ -17,7 +17,7 @@ import asyncio
 from aiokafka import AIOKafkaProducer, errors
 
 from cybermesh.bus import BusError, Published
-from cybermesh.bus.kafka_client import RECORD_MAX, KafkaOptions, Troubles, explain, is_final, patiently
+from cybermesh.bus.kafka_client import LEAVE_S, RECORD_MAX, KafkaOptions, Troubles, explain, is_final, patiently
 from cybermesh.bus.kafka_topics import KafkaTopics
 
 BATCH_BYTES = 256 * 1024
@@ -35,11 +35,23 @@ class KafkaPublisher:
         self._producer: AIOKafkaProducer | None = None
         self._lock = asyncio.Lock()
         self._is_closed = False
+        self._waiting: set[asyncio.Timeout] = set()  # one for each caller: how ``close`` ends its wait
 
     async def publish(self, topic: str, key: bytes, value: bytes) -> Published:
         """Append a record; see ``bus.Bus.publish``."""
+        self._check_open(topic)
+        try:
+            async with asyncio.timeout(None) as patience:
+                self._waiting.add(patience)
+                try:
+                    return await self._publish(topic, key, value)
+                finally:
+                    self._waiting.discard(patience)
+        except TimeoutError:
+            raise _closed(topic) from None
+
+    async def _publish(self, topic: str, key: bytes, value: bytes) -> Published:
         while True:
-            self._check_open(topic)
             await self._topics.ensure([topic])
             producer = await self._connected(topic)
             try:
@@ -104,16 +116,22 @@ class KafkaPublisher:
                 await _abort(producer)
 
     async def close(self) -> None:
-        """Refuse further records; what a broker has not accepted by now is given back to its callers as ``BusError``."""
+        """Refuse further records; what no broker has accepted by now is given back to its callers as ``BusError``."""
         self._is_closed = True
-        async with self._lock:
+        for patience in self._waiting:
+            patience.reschedule(asyncio.get_running_loop().time())
+        async with self._lock:  # whoever holds it gives up now
             if self._producer is not None:
                 await _abort(self._producer)
                 self._producer = None
 
     def _check_open(self, topic: str) -> None:
         if self._is_closed:
-            raise BusError(f"{topic}: the bus is closed")
+            raise _closed(topic)
+
+
+def _closed(topic: str) -> BusError:
+    return BusError(f"{topic}: the bus is closed")
 
 
 async def _abort(producer: AIOKafkaProducer) -> None:
@@ -123,4 +141,8 @@ async def _abort(producer: AIOKafkaProducer) -> None:
     answer and gets it here.
     """
     producer._message_accumulator.fail_all(errors.ProducerClosed())  # noqa: SLF001 (aiokafka has no other way)
-    await producer.stop()
+    try:
+        async with asyncio.timeout(LEAVE_S):
+            await producer.stop()
+    except TimeoutError:
+        await producer.client.close()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition, errors
@@ -25,7 +25,16 @@ from aiokafka.abc import ConsumerRebalanceListener
 
 from cybermesh.bus import BusError, Delivery
 from cybermesh.bus.arrivals import Arrivals
-from cybermesh.bus.kafka_client import PAUSE_FIRST_S, PAUSE_MAX_S, RECORD_MAX, KafkaOptions, Troubles, explain, patiently
+from cybermesh.bus.kafka_client import (
+    LEAVE_S,
+    PAUSE_FIRST_S,
+    PAUSE_MAX_S,
+    RECORD_MAX,
+    KafkaOptions,
+    Troubles,
+    explain,
+    patiently,
+)
 from cybermesh.messages import MIB
 
 COMMIT_DELAY_S = 0.1
@@ -51,7 +60,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aio
         self._topics = tuple(topics)
         self._group = group
         self._troubles = troubles
-        self._part = f"subscribe {group}"
+        self._part = f"subscribe {group} to {', '.join(topics)}"
         self._arrivals = Arrivals()
         self._room = asyncio.Event()
         self._has_marks = asyncio.Event()
@@ -105,12 +114,28 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aio
 
     # The task
 
-    async def run(self, *, from_start: bool) -> None:
-        """Keep a consumer going until cancelled; end only if it cannot join at all."""
+    async def run(self, ensure: Callable[[Sequence[str]], Awaitable[None]], *, from_start: bool) -> None:
+        """Keep a consumer going until cancelled; end only if it cannot join at all.
+
+        Args:
+            ensure: Makes sure that the topics are there.
+            from_start: Where a new group starts.
+        """
+        try:
+            await self._keep_going(ensure, is_anchored=from_start)
+        except asyncio.CancelledError:
+            self.fault = BusError(f"{', '.join(self._topics)}: the bus is closed")
+            raise
+        finally:
+            self._arrivals.end()
+            self._troubles.clear(self._part)
+            self.joined.set()
+
+    async def _keep_going(self, ensure: Callable[[Sequence[str]], Awaitable[None]], *, is_anchored: bool) -> None:
         pause_s = PAUSE_FIRST_S
-        is_anchored = from_start
         while True:
             try:
+                await ensure(self._topics)
                 if not is_anchored:
                     await patiently(self._anchor, self._options, self._troubles, self._part)
                     is_anchored = True
@@ -119,7 +144,6 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aio
                 # Later on, a right or a password that was taken away may be given back: the role must not end for it.
                 if not self.joined.is_set():
                     self.fault = error
-                    self.joined.set()
                     return
             else:
                 pause_s = PAUSE_FIRST_S
@@ -182,13 +206,17 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aio
         except* (errors.KafkaError, OSError) as faults:
             self._troubles.note(self._part, explain(faults.exceptions[0]))
         finally:
-            await self._commit_last(consumer, self._marks)
+            await self._commit_last(consumer, self._marks, LEAVE_S)
             await self._stop(consumer)
 
     async def _stop(self, consumer: AIOKafkaConsumer) -> None:
         self._forget(set(self._positions))
         self._consumer = None
-        await consumer.stop()
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                await consumer.stop()
+        except TimeoutError:
+            await consumer._client.close()  # noqa: SLF001 (aiokafka has no other way)
 
     async def _fetch(self, consumer: AIOKafkaConsumer) -> None:
         while True:
@@ -232,10 +260,10 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aio
                 if place in self._positions:
                     self._committed[place] = offset
 
-    async def _commit_last(self, consumer: AIOKafkaConsumer, marks: dict[TopicPartition, int]) -> None:
+    async def _commit_last(self, consumer: AIOKafkaConsumer, marks: dict[TopicPartition, int], wait_s: float) -> None:
         """Commit before partitions are given up; not for long, because what is lost here only comes again."""
         try:
-            async with asyncio.timeout(COMMIT_LAST_S):
+            async with asyncio.timeout(wait_s):
                 await self._commit(consumer, dict(marks))
         except (errors.KafkaError, OSError, TimeoutError) as error:
             self._troubles.note(self._part, f"the last positions were not committed: {explain(error)}")
@@ -244,7 +272,7 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aio
         """Commit, then forget partitions that others may get; aiokafka calls this before a rebalance."""
         if self._consumer is not None:
             marks = {place: offset for place, offset in self._marks.items() if place in revoked}
-            await self._commit_last(self._consumer, marks)
+            await self._commit_last(self._consumer, marks, COMMIT_LAST_S)
         self._forget(revoked)
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
