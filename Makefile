@@ -41,7 +41,7 @@ web: $(STAMP)
 
 # A development broker in the foreground; needs Java 17 and, the first time, Maven.
 kafka: $(STAMP)
-	@$(BIN)/python tools/kafka_broker.py run
+	@$(BIN)/python -m tools.kafka_broker run
 
 bench: $(STAMP)
 	@$(BIN)/cybermesh bench idle $(ARGS)

@@ -9,18 +9,21 @@ Rules:
   in $CYBERMESH_CACHE_DIR, else in ~/.cache/cybermesh;
 - a broker's directory holds its data, certificates and log; started again on the same directory it is the same broker, with the
   same ports and records;
-- it listens without protection, with TLS (a client certificate is accepted) and with SASL over TLS, on 127.0.0.1 only. The
-  passwords are made for each directory. It is for development: one node, no replication.
+- it listens without protection, with TLS, with TLS that requires a client certificate, and with SASL over TLS, on 127.0.0.1
+  only. The passwords are made for each directory. It is for development: one node, no replication;
+- ports are below those that the system gives to outgoing connections, or one of these could take a port while the
+  broker is down.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import contextlib
+import fcntl
 import hashlib
-import ipaddress
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -29,21 +32,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from tools.kafka_certificates import HOST, make_certificates
 
 PINNED = Path(__file__).resolve().parent / "kafka"
 START_S = 60.0
 STOP_S = 30.0
 POLL_S = 0.05
-HOST = "127.0.0.1"
 STARTED = "Kafka Server started"
 # Small and quick to start: it serves tests, not traffic.
 JAVA_OPTIONS = ("-Xms96m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Djava.awt.headless=true")
@@ -64,6 +64,7 @@ class Access:
 
     plain: str
     tls: str
+    mtls: str
     sasl: str
     controller: str
     username: str
@@ -121,7 +122,9 @@ def fetch() -> Path:
         return directory
     maven = _require("mvn", "maven")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+    with _alone(directory.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        if directory.is_dir():
+            return directory  # fetched by another process while this one waited
         jars = Path(scratch) / "jars"
         command = [maven, "-B", "-q", "-C", "-f", str(PINNED / "pom.xml"), "dependency:copy-dependencies"]
         command += ["-DincludeScope=runtime", f"-DoutputDirectory={jars}"]
@@ -131,12 +134,16 @@ def fetch() -> Path:
         if done.returncode != 0:
             raise BrokerError(f"Maven could not fetch the broker: {done.stdout.strip()[-500:]}")
         _check(jars)
-        try:
-            jars.rename(directory)
-        except OSError:
-            if not directory.is_dir():  # otherwise somebody else was quicker
-                raise
+        jars.rename(directory)
     return directory
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process is inside: Maven's own store of files is not made for two at once."""
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def _check(jars: Path) -> None:
@@ -147,93 +154,34 @@ def _check(jars: Path) -> None:
         raise BrokerError(f"fetched files differ from tools/kafka/jars.sha256: {', '.join(wrong)}")
 
 
-# Certificates
-
-
-def _name(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-
-
-def _builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(_name(subject))
-        .issuer_name(_name(issuer))
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=3650))
-    )
-
-
-def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-
-
-def make_certificates(directory: Path) -> None:
-    """Write ca.pem, and for server and client a .pem (certificate) and .key, signed by a new authority whose key is dropped."""
-    authority = "CyberMesh development broker"
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    ca_identifier = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
-    ca = (
-        _builder(authority, authority, ca_key)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs_certificates=True), critical=True)
-        .add_extension(ca_identifier, critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    (directory / "ca.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HOST))])
-    for role, purpose in (("server", ExtendedKeyUsageOID.SERVER_AUTH), ("client", ExtendedKeyUsageOID.CLIENT_AUTH)):
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = (
-            _builder(f"cybermesh-{role}", authority, key)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
-            .add_extension(names, critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_identifier), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .sign(ca_key, hashes.SHA256())
-        )
-        (directory / f"{role}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        (directory / f"{role}.key").touch(mode=0o600)
-        (directory / f"{role}.key").write_bytes(_private_pem(key))
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
 # The broker
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports that are free now; they are held together while they are chosen, so they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind((HOST, 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Return ports that are free now; they are held together while they are chosen, so they differ.
+
+    Raises:
+        BrokerError: there are not so many.
+    """
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    candidates = range(max(10_000, first_outgoing - 20_000), first_outgoing)
+    with contextlib.ExitStack() as held:
+        found: list[int] = []
+        for port in random.SystemRandom().sample(candidates, len(candidates)):
+            one = held.enter_context(socket.socket())
+            try:
+                one.bind((HOST, port))
+            except OSError:
+                continue
+            found.append(port)
+            if len(found) == count:
+                return found
+    raise BrokerError(f"no {count} ports are free from {candidates.start} to {candidates.stop}")
 
 
 def properties(directory: Path, access: Access) -> str:
     """Return the broker's configuration."""
-    listeners = f"PLAIN://{access.plain},TLS://{access.tls},SASL://{access.sasl}"
+    listeners = f"PLAIN://{access.plain},TLS://{access.tls},MTLS://{access.mtls},SASL://{access.sasl}"
     login = "org.apache.kafka.common.security"
     user = f'username="{access.username}" password="{access.password}"'
     settings = {
@@ -242,14 +190,15 @@ def properties(directory: Path, access: Access) -> str:
         "controller.quorum.voters": f"1@{access.controller}",
         "listeners": f"{listeners},CONTROLLER://{access.controller}",
         "advertised.listeners": listeners,
-        "listener.security.protocol.map": "PLAIN:PLAINTEXT,TLS:SSL,SASL:SASL_SSL,CONTROLLER:PLAINTEXT",
+        "listener.security.protocol.map": "PLAIN:PLAINTEXT,TLS:SSL,MTLS:SSL,SASL:SASL_SSL,CONTROLLER:PLAINTEXT",
         "inter.broker.listener.name": "PLAIN",
         "controller.listener.names": "CONTROLLER",
         "ssl.keystore.type": "PEM",
         "ssl.keystore.location": str(directory / "server.store"),
         "ssl.truststore.type": "PEM",
         "ssl.truststore.location": str(directory / "ca.pem"),
-        "listener.name.tls.ssl.client.auth": "requested",
+        "listener.name.tls.ssl.client.auth": "none",
+        "listener.name.mtls.ssl.client.auth": "required",
         "listener.name.sasl.sasl.enabled.mechanisms": "SCRAM-SHA-512,SCRAM-SHA-256,PLAIN",
         "listener.name.sasl.scram-sha-512.sasl.jaas.config": f"{login}.scram.ScramLoginModule required;",
         "listener.name.sasl.scram-sha-256.sasl.jaas.config": f"{login}.scram.ScramLoginModule required;",
@@ -313,16 +262,20 @@ class Broker:
         """Make ports, passwords, certificates and storage, once for a directory."""
         made = self.directory / "access.json"
         if made.exists():
-            return Access(**json.loads(made.read_text(encoding="utf-8")))
+            try:
+                return Access(**json.loads(made.read_text(encoding="utf-8")))
+            except (TypeError, ValueError) as error:
+                raise BrokerError(f"{made} is not of this version; remove {self.directory} to begin anew") from error
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         make_certificates(self.directory)
         store = self.directory / "server.store"
         store.touch(mode=0o600)
         store.write_bytes((self.directory / "server.key").read_bytes() + (self.directory / "server.pem").read_bytes())
-        plain, tls, sasl, controller = (f"{HOST}:{port}" for port in _free_ports(4))
+        plain, tls, mtls, sasl, controller = (f"{HOST}:{port}" for port in _free_ports(5))
         access = Access(
             plain=plain,
             tls=tls,
+            mtls=mtls,
             sasl=sasl,
             controller=controller,
             username="cybermesh",
@@ -426,6 +379,7 @@ def describe(access: Access) -> str:
     lines = (
         f"plain         {access.plain}",
         f"TLS           {access.tls}",
+        f"mutual TLS    {access.mtls}",
         f"SASL and TLS  {access.sasl}  {sasl}",
         f"certificates  {access.ca_file}, for a client {access.cert_file} and {access.key_file}",
         f"try           CYBERMESH_BUS__KIND=kafka KAFKA_BROKERS={access.plain}",

@@ -23,7 +23,8 @@ from cybermesh.bus import kafka_subscription as subscription_module
 from cybermesh.bus.kafka import KafkaBus
 from cybermesh.bus.kafka_client import Compression, KafkaOptions, Mechanism, Sasl, TopicPlan, make_tls
 from cybermesh.bus.kafka_subscription import BUFFER_BYTES_MAX, FETCH_RECORDS_MAX
-from tools.kafka_broker import Broker, make_certificates
+from tools.kafka_broker import Broker
+from tools.kafka_certificates import make_certificates
 
 WAIT_S = 30.0
 

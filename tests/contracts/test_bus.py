@@ -18,7 +18,7 @@ import pytest
 
 from cybermesh.bus import Bus, BusError, Delivery, Subscription
 from cybermesh.bus.kafka import KafkaBus
-from cybermesh.bus.kafka_client import KafkaOptions, Sasl, make_tls
+from cybermesh.bus.kafka_client import KafkaOptions, Mechanism, Sasl, make_tls
 from cybermesh.bus.local import LocalBus
 from cybermesh.bus.memory import MemoryBus
 from tools.kafka_broker import Broker
@@ -54,7 +54,10 @@ KINDS: dict[str, Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[G
     "mock-cluster": lambda request: kafka_ground(request.getfixturevalue("mock_cluster")),
     "kafka": lambda request: kafka_ground(plain_options(request.getfixturevalue("kafka_broker"))),
     "kafka-tls": lambda request: kafka_ground(tls_options(request.getfixturevalue("kafka_broker"))),
-    "kafka-sasl": lambda request: kafka_ground(sasl_options(request.getfixturevalue("kafka_broker"))),
+    "kafka-sasl": lambda request: kafka_ground(sasl_options(request.getfixturevalue("kafka_broker"), "SCRAM-SHA-512")),
+    "kafka-scram-256": lambda request: kafka_ground(sasl_options(request.getfixturevalue("kafka_broker"), "SCRAM-SHA-256")),
+    "kafka-sasl-plain": lambda request: kafka_ground(sasl_options(request.getfixturevalue("kafka_broker"), "PLAIN")),
+    "kafka-mutual-tls": lambda request: kafka_ground(mutual_tls_options(request.getfixturevalue("kafka_broker"))),
 }
 
 
@@ -75,19 +78,26 @@ def plain_options(broker: Broker) -> KafkaOptions:
 
 def tls_options(broker: Broker) -> KafkaOptions:
     access = broker.access
-    context = make_tls(Path(access.ca_file), Path(access.cert_file), Path(access.key_file))
-    return KafkaOptions((access.tls,), tls=context, compression="zstd", heartbeat_ms=HEARTBEAT_MS)
+    return KafkaOptions((access.tls,), tls=make_tls(Path(access.ca_file)), compression="zstd", heartbeat_ms=HEARTBEAT_MS)
 
 
-def sasl_options(broker: Broker) -> KafkaOptions:
+def mutual_tls_options(broker: Broker) -> KafkaOptions:
     access = broker.access
-    sasl = Sasl("SCRAM-SHA-512", access.username, access.password)
+    context = make_tls(Path(access.ca_file), Path(access.cert_file), Path(access.key_file))
+    return KafkaOptions((access.mtls,), tls=context, compression="gzip", heartbeat_ms=HEARTBEAT_MS)
+
+
+def sasl_options(broker: Broker, mechanism: Mechanism) -> KafkaOptions:
+    access = broker.access
+    sasl = Sasl(mechanism, access.username, access.password)
     return KafkaOptions(
         (access.sasl,), tls=make_tls(Path(access.ca_file)), sasl=sasl, compression="lz4", heartbeat_ms=HEARTBEAT_MS
     )
 
 
-# The mock cluster lets a group wait seconds for company before it lets anybody in, so it gets the contract's heart only.
+# The mock cluster lets a group wait seconds for company before it lets anybody in, so it gets the contract's heart only; so do
+# the ways to the real broker that differ from another one only in how a client shows who it is.
+HEART_ONLY = frozenset({"mock-cluster", "kafka-scram-256", "kafka-sasl-plain", "kafka-mutual-tls"})
 HEART = frozenset(
     {
         "test_records_of_one_key_keep_their_order_in_one_partition",
@@ -101,7 +111,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run each test on every kind of bus that it is for."""
     if "ground" in metafunc.fixturenames:
         name = metafunc.function.__name__
-        left_out = set() if name in HEART else {"mock-cluster"}
+        left_out = set() if name in HEART else set(HEART_ONLY)
         if name in DURABLE_ONLY:
             left_out.add("memory")
         metafunc.parametrize("ground", [kind for kind in KINDS if kind not in left_out], indirect=True)

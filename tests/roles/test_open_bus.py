@@ -11,7 +11,8 @@ from cybermesh.bus.local import LocalBus
 from cybermesh.bus.memory import MemoryBus
 from cybermesh.config import ConfigError, Settings, load
 from cybermesh.roles.open_bus import kafka_options, open_bus
-from tools.kafka_broker import Broker, make_certificates
+from tools.kafka_broker import Broker
+from tools.kafka_certificates import make_certificates
 
 
 def settings(**names: str) -> Settings:
@@ -75,7 +76,7 @@ async def test_production_meets_on_a_protected_cluster(kafka_broker: Broker) -> 
     protected = {"ENVIRONMENT": "production", "KAFKA_TLS_ENABLED": "true", "CYBERMESH_KAFKA__CA_FILE": access.ca_file}
     user = {"KAFKA_BROKERS": access.sasl, "KAFKA_SASL_USERNAME": access.username, "KAFKA_SASL_PASSWORD": access.password}
     certificate = {
-        "KAFKA_BROKERS": access.tls,
+        "KAFKA_BROKERS": access.mtls,
         "CYBERMESH_KAFKA__CERT_FILE": access.cert_file,
         "CYBERMESH_KAFKA__KEY_FILE": access.key_file,
     }
