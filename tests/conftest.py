@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import pytest_asyncio
 
+from tests import postgres as postgres_server
 from tools import kafka_broker as broker_tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +75,21 @@ def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[broker_to
         raise
     with broker_tool.Broker(tmp_path_factory.mktemp("kafka"), jars) as broker:
         yield broker
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_server.Cluster]:
+    """A running PostgreSQL of our own, one per test process; ``database()`` makes a fresh, migrated database in it."""
+    try:
+        cluster = postgres_server.Cluster()
+        cluster.__enter__()
+    except postgres_server.PostgresError as error:
+        skip_or_fail("postgres", str(error))
+        raise
+    try:
+        yield cluster
+    finally:
+        cluster.__exit__()
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,7 @@ COMMANDS = {
     "verify": Command("verify", "verify", "Check a decision proof offline."),
     "enforce": Command("enforce", "enforce", "Look at and steer this host's firewall rules."),
     "simulate": Command("simulate", "simulate", "Run consensus against seeded faults."),
+    "migrate": Command("migrate", "app", "Bring a shared database to this version's schema."),
     "keys": Command("keys", "keys", "Generate and show keys."),
     "config": Command("config", "config", "Check and show the settings."),
     "bench": Command("bench", "app", "Measure this machine, beside the tool that users know."),

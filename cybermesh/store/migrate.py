@@ -2,15 +2,18 @@
 
 The embedded database migrates itself when it is opened. A database that others share is migrated by a person, with
 ``cybermesh migrate``: until then the validator refuses to use it.
+
+Alembic's usual way through ``env.py`` keeps its context in module globals, so that two stores that are migrated at once in one
+process would migrate each other's database. Here each migration is handed its own operations and nothing is global.
 """
 
 from __future__ import annotations
 
 from importlib import resources
 
-from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext, MigrationStep, RevisionStep
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection
@@ -28,9 +31,13 @@ def _config() -> Config:
     return config
 
 
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())
+
+
 def newest_revision() -> str:
     """Return the name of this version's schema."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
+    head = _scripts().get_current_head()
     assert head is not None
     return head
 
@@ -59,7 +66,8 @@ async def migrate(database: Database) -> tuple[str | None, str]:
         StoreUnavailable: the database is full, locked or lost.
     """
     newest = newest_revision()
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    scripts = _scripts()
+    known = {script.revision for script in scripts.walk_revisions()}
 
     def upgrade(connection: Connection) -> str | None:
         before = MigrationContext.configure(connection).get_current_revision()
@@ -68,10 +76,8 @@ async def migrate(database: Database) -> tuple[str | None, str]:
                 f"the database has schema {before}, which this version ({newest}) does not know: upgrade CyberMesh"
             )
         if before != newest:
-            config = _config()
-            config.attributes["connection"] = connection
             try:
-                command.upgrade(config, "head")
+                _upgrade(connection, scripts, before)
             except CommandError as error:
                 raise StoreError(f"cannot migrate from schema {before} to {newest}: {error}") from error
         return before
@@ -80,6 +86,15 @@ async def migrate(database: Database) -> tuple[str | None, str]:
         return await connection.run_sync(upgrade)
 
     return await database.write(work), newest
+
+
+def _upgrade(connection: Connection, scripts: ScriptDirectory, before: str | None) -> None:
+    def steps(_heads: object, _context: MigrationContext) -> list[MigrationStep]:
+        todo = reversed(list(scripts.iterate_revisions("head", before or "base")))
+        return [RevisionStep(scripts.revision_map, script, True) for script in todo]
+
+    context = MigrationContext.configure(connection, opts={"fn": steps})
+    context.run_migrations(op=Operations(context))
 
 
 async def require_current(database: Database) -> None:

@@ -1,6 +1,7 @@
 """The contract of the store: the same suite for every database.
 
-A database joins by a line in ``KINDS``: a name and a function that gives a fresh one's URL or file.
+A database joins by a line in ``KINDS``: a name and a function that gives a fresh one's URL or file. PostgreSQL is the real one,
+started by the test run itself (``tests/postgres.py``).
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ from cybermesh.store.records import (
 )
 from cybermesh.store.store import Store, open_store
 
-KINDS: dict[str, Callable[[Path], str | Path]] = {"sqlite": lambda folder: folder / "store.db"}
+KINDS: dict[str, Callable[[pytest.FixtureRequest], str | Path]] = {
+    "postgres": lambda request: request.getfixturevalue("postgres").database(),
+    "sqlite": lambda request: request.getfixturevalue("tmp_path") / "store.db",
+}
 
 
 @pytest.fixture(params=sorted(KINDS))
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
-    return KINDS[request.param](tmp_path)
+def where(request: pytest.FixtureRequest) -> str | Path:
+    return KINDS[request.param](request)
 
 
 @pytest.fixture

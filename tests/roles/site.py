@@ -73,7 +73,6 @@ class Site:
         self.stores: dict[int, Store] = {}
         self._folder = folder
         self._counter = 0
-        self._migrating = asyncio.Lock()  # Alembic knows one migration per process
         for number in range(1, validators + 1):
             (folder / str(number)).mkdir()
             create_safety_file(self.safety_file(number), self.genesis, self.deployment.keys[f"validator-{number}"])
@@ -87,8 +86,7 @@ class Site:
     async def run(self, number: int) -> None:
         """Run one validator from its files until cancelled."""
         async with AsyncExitStack() as stack:
-            async with self._migrating:
-                store = await stack.enter_async_context(open_store(self.ledger_file(number)))
+            store = await stack.enter_async_context(open_store(self.ledger_file(number)))
             stack.callback(self.stores.pop, number, None)
             with self.network.endpoint(self.deployment.validator_index(number)) as transport:
                 self.stores[number] = store
