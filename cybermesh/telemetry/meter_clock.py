@@ -29,7 +29,8 @@ class Watermark:
         """Take in the times of a block of at least one packet; return the watermark after each of them."""
         if self.now_us is None:
             self.now_us = int(ts_us[0])
-        if abs(int(ts_us.max()) - self.now_us) <= JUMP_US and abs(int(ts_us.min()) - self.now_us) <= JUMP_US:
+        newest, oldest = max(int(ts_us.max()), self.now_us), min(int(ts_us.min()), self.now_us)
+        if newest - oldest <= JUMP_US:  # no time can be far from any watermark that the block may lead to
             self._ahead.clear()
             self._behind.clear()
             marks = np.maximum(np.maximum.accumulate(ts_us), self.now_us)

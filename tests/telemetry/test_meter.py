@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cybermesh.telemetry.flows import EndReason
 from cybermesh.telemetry.meter import FlowMeter
+from cybermesh.telemetry.meter_clock import Watermark
 from cybermesh.telemetry.packets import join_batches
 from cybermesh.telemetry.sources.choose import open_source
 from tests.telemetry import oracle
@@ -270,6 +271,22 @@ def test_sixty_four_packets_of_a_new_time_move_the_watermark_forwards_and_backwa
     # Forwards again.
     assert len(meter.add(to_batch([tcp(2 * year + n, ACK, sport=4000) for n in range(64)]))) == 1
     assert len(meter) == 1
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 1, -5, 1_800, -1_801, 3_599, 3_601, -3_600, 9_000]), st.integers(1, 70)), max_size=12
+    ),
+    st.integers(2, 200),
+)
+@example([(0, 1), (1_800, 1), (-1_801, 64)], 100)  # each within an hour of the watermark before the block
+@example([(0, 1), (3_000, 1), (-3_000, 40), (3_000, 1), (-3_000, 64)], 43)
+def test_the_watermark_does_not_depend_on_how_times_come_in_blocks(runs: list[tuple[int, int]], block: int) -> None:
+    times = np.array([shift * S + n for shift, count in runs for n in range(count)], np.int64)
+    one, many = Watermark(), Watermark()
+    single = [int(one.advance(times[n : n + 1])[0]) for n in range(len(times))]
+    assert [mark for n in range(0, len(times), block) for mark in many.advance(times[n : n + block]).tolist()] == single
+    assert (one.now_us, one.steps_back) == (many.now_us, many.steps_back)
 
 
 def test_colliding_hashes_do_not_mix_flows(monkeypatch: pytest.MonkeyPatch) -> None:
