@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -63,11 +64,7 @@ def idle(
 
     log.configure(level="error")
     result = dataclasses.asdict(asyncio.run(measure(seconds)))
-    if as_json:
-        output.emit_one(result)
-    else:
-        for name, value in result.items():
-            sys.stdout.write(f"{name:32} {value}\n")
+    _show(result, as_json=as_json)
 
 
 @app.command()
@@ -89,14 +86,47 @@ def flows(
         other = None
     else:
         other = importlib.metadata.version("nfstream")
-    where = Path(folder or tempfile.gettempdir())
-    if not where.is_dir() or shutil.disk_usage(where).free < 2 * packets * _BYTES_PER_PACKET:
-        raise output.CommandError(f"{where}: has no room for two captures of {packets:,} packets; choose another --dir")
+    where = _room(folder, 2 * packets)
     with tempfile.TemporaryDirectory(prefix="cybermesh-bench-", dir=where) as made:
         usual, long = _make(Path(made), packets)
         _worker("1", usual, 1)  # compiles what is not compiled yet
         rates = [_take_turns(path, rounds, compare=other is not None) for path in (usual, long)]
     result = _result(*rates) | {"rounds": rounds, "nfstream_version": other}
+    _show(result, as_json=as_json)
+
+
+@app.command()
+def live(
+    packets: Annotated[int, typer.Option(min=10_000, help="Packets to send, at least.")] = 2_000_000,
+    rate: Annotated[float, typer.Option(min=0, help="Packets/s to offer; 0: as many as the sender's core can.")] = 1_000_000,
+    folder: Annotated[Path | None, typer.Option("--dir", help="Where the capture goes while it is needed.")] = None,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Send packets over a virtual link and meter them as they come; tells what kernel and sender dropped. Needs root.
+
+    The link is between two network namespaces that are made for it and removed afterwards.
+    """
+    from cybermesh.cli import bench_capture, bench_live
+
+    bench_live.check_allowed()
+    where = _room(folder, packets)
+    with tempfile.TemporaryDirectory(prefix="cybermesh-bench-", dir=where) as made:
+        capture = Path(made) / "usual.pcap"
+        bench_capture.write(bench_capture.usual(bench_capture.demo_capture()), capture, packets)
+        output.note(f"sending at {rate:,.0f} packets/s" if rate else "sending as fast as one core can")
+        result = {"offered_packets_per_s": rate or None} | bench_live.measure(capture, rate)
+    _show(result, as_json=as_json)
+
+
+def _room(folder: Path | None, packets: int) -> Path:
+    """Return where captures of so many packets go."""
+    where = Path(folder or tempfile.gettempdir())
+    if not where.is_dir() or shutil.disk_usage(where).free < packets * _BYTES_PER_PACKET:
+        raise output.CommandError(f"{where}: has no room for captures of {packets:,} packets; choose another --dir")
+    return where
+
+
+def _show(result: Mapping[str, object], *, as_json: bool) -> None:
     if as_json:
         output.emit_one(result)
     else:

@@ -51,11 +51,11 @@ def main(what: str, path: str, times: int) -> None:
         began = time.perf_counter()
         packets, flows = nfstream_once(path) if what == "nfstream" else meter_once(path, int(what))
         seconds.append(time.perf_counter() - began)
-    told = {"seconds": seconds, "packets": packets, "flows": flows, "peak_rss_mb": _peak_rss_mb()}
+    told = {"seconds": seconds, "packets": packets, "flows": flows, "peak_rss_mb": peak_rss_mb()}
     sys.stdout.write(json.dumps(told) + "\n")
 
 
-def _peak_rss_mb() -> float:
+def peak_rss_mb() -> float:
     """Return this process's peak; ``getrusage`` would count what its parent had when it started this one."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1000

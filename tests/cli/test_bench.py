@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cybermesh.cli import bench_capture, bench_worker
+from cybermesh.cli import bench_capture, bench_worker, main
 from cybermesh.cli.bench import _Rates, _result
 from cybermesh.telemetry import metering
 from cybermesh.telemetry.features import COLUMN
@@ -65,3 +66,30 @@ def test_ratios_are_of_medians_and_unknown_without_the_other_tool() -> None:
     assert (result["capture_packets"], result["warm_packets_per_s"], result["peak_rss_mb"]) == (4_000_000, 9_000_000, 210)
     alone = _result(_Rates(warm=[1e6]), _Rates())
     assert (alone["nfstream_packets_per_s"], alone["ratio_warm"], alone["ratio_process"]) == (None, None, None)
+
+
+@pytest.mark.netns
+def test_live_meters_what_was_sent_and_leaves_no_namespace(
+    netns: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del netns
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "live", "--packets", "20000", "--rate", "50000", "--dir", str(tmp_path), "--json"])
+    assert ended.value.code == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["sent_packets"] == told["received_packets"] >= 20_000
+    assert told["flows"] > 1_900
+    assert [told[name] for name in ("kernel_drops", "sender_refused", "sender_dropped")] == [0, 0, 0]
+    assert told["sent_packets_per_s"] <= 51_000
+    assert not [name for name in Path("/run/netns").iterdir() if f"-{os.getpid()}-" in name.name]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_live_without_root_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "live", "--packets", "10000", "--dir", str(tmp_path)])
+    assert ended.value.code == 1
+    assert "needs root" in capsys.readouterr().err
