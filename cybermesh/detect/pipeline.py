@@ -16,6 +16,7 @@ from cybermesh.detect.engines.rule_file import RuleSet
 from cybermesh.detect.engines.rules import RuleEngine
 from cybermesh.detect.engines.statistics import METRICS, StatisticsEngine
 from cybermesh.detect.ensemble import Ensemble
+from cybermesh.telemetry.dns import DnsBatch
 from cybermesh.telemetry.events import EventBatch
 from cybermesh.telemetry.flows import FlowBatch
 from cybermesh.telemetry.packets import PacketBatch
@@ -74,6 +75,9 @@ class Pipeline:
             case EventBatch():
                 self.events += len(batch)
                 rows, flows = self.event_windows.update(batch), None
+            case DnsBatch():
+                self.events += len(batch)
+                rows, flows = [], None
             case _:
                 assert_never(batch)
         if prompt:

@@ -1,7 +1,8 @@
 """Events as columns: what logs and other sensors report, where no packet was seen.
 
-An event is one line's claim: somebody logged in or failed to, asked a web server for something, asked for a name, or set off
-another sensor's signature. What a log cannot know is zero: an address without a source, a host that only has a name.
+An event is one line's claim: somebody logged in or failed to, asked a web server for something, or set off another sensor's
+signature. What a log cannot know is zero: an address without a source, a host that only has a name. What was asked of name
+servers has columns of its own (``dns``).
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ class EventKind(enum.IntEnum):
 
     LOGIN = 1  # ``text`` is the user's name, ``outcome`` whether it worked
     WEB = 2  # ``text`` is the request line, ``status`` the answer
-    DNS = 3  # ``text`` is the name asked for; ``outcome`` FAILURE where the answer was an error (NXDOMAIN and others)
-    ALERT = 4  # ``text`` is another sensor's signature, ``status`` its severity, 1 the gravest
+    ALERT = 3  # ``text`` is another sensor's signature, ``status`` its severity, 1 the gravest
 
 
 class Outcome(enum.IntEnum):

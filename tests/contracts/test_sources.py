@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cybermesh.cli import flow_rows
+from cybermesh.telemetry.dns import DnsBatch
 from cybermesh.telemetry.events import EventBatch
 from cybermesh.telemetry.features import COLUMN
 from cybermesh.telemetry.flows import EndReason, FlowBatch
@@ -114,8 +115,8 @@ KINDS = [
     Kind("csv", _csv, (FlowBatch,)),
     Kind("zeek", lambda _: _zeek_tsv(), (FlowBatch,)),
     Kind("zeek", lambda _: b"".join(json.dumps(_zeek(n)).encode() + b"\n" for n in range(COUNT)), (FlowBatch,)),
-    Kind("zeek", lambda _: _zeek_dns(), (EventBatch,)),
-    Kind("eve", lambda _: _eve(), (FlowBatch, EventBatch)),
+    Kind("zeek", lambda _: _zeek_dns(), (DnsBatch,)),
+    Kind("eve", lambda _: _eve(), (FlowBatch, DnsBatch, EventBatch)),
     Kind("logs", lambda _: _log(), (EventBatch,)),
 ]
 IDS = ["pcap", "csv", "zeek-tsv", "zeek-json", "zeek-dns", "eve", "logs"]

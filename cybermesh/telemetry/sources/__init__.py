@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from typing import Protocol, TypeAlias
 
 from cybermesh.telemetry.counters import Counters
+from cybermesh.telemetry.dns import DnsBatch
 from cybermesh.telemetry.events import EventBatch
 from cybermesh.telemetry.flows import FlowBatch
 from cybermesh.telemetry.packets import PacketBatch
 
 DEFAULT_BLOCK = 16_384  # packets, flows or events in a batch
 
-Batch: TypeAlias = PacketBatch | FlowBatch | EventBatch
-"""What a source yields: packets (captures, a network interface), flows (another meter's) or events (logs)."""
+Batch: TypeAlias = PacketBatch | FlowBatch | EventBatch | DnsBatch
+"""What a source yields: packets (captures, interfaces), flows (other meters), events (logs), DNS rows (Zeek, Suricata)."""
 
 
 class SourceError(Exception):
@@ -26,7 +27,7 @@ class SourceError(Exception):
 
 
 class Source(Protocol):
-    """A stream of packets, flows or events; one source may yield more than one sort.
+    """A stream of packets, flows, events or DNS rows; one source may yield more than one sort.
 
     Contract: ``batches`` may be iterated once. After each batch ``counters`` are up to date, and ``position`` says where
     reading goes on; a source opened later on the same input with that position yields what followed, all of it and only once.

@@ -5,8 +5,8 @@
 | pcap | a capture, a folder of captures, ``-`` | packets |
 | live | a network interface, and after a blank a filter as tcpdump takes it: ``live:eth0 tcp port 22`` | packets |
 | csv | a flow table of the CIC family or our own, a folder of them, ``-`` | flows |
-| zeek | conn.log or dns.log, a folder of logs, ``-`` | flows, events |
-| eve | Suricata's eve.json, a folder of them, ``-`` | flows, events |
+| zeek | conn.log or dns.log, a folder of logs, ``-`` | flows, DNS rows |
+| eve | Suricata's eve.json, a folder of them, ``-`` | flows, DNS rows, events |
 | logs | authentication and web access logs, a folder of them, ``-``, or ``journald`` | events |
 | kafka | a topic of flow features | flows |
 """

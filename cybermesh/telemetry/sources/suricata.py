@@ -1,4 +1,4 @@
-"""Suricata's eve.json: flow records to flows, dns and alert records to events; everything else in it is passed over.
+"""Suricata's eve.json: flow records to flows, dns records to DNS rows, alerts to events; everything else in it is passed over.
 
 Suricata counts a flow's bytes on the wire, not its payload, so of the 79 features only packets and times are known.
 """
@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import orjson
 
 from cybermesh.telemetry.counters import Counters
+from cybermesh.telemetry.dns import NO_ANSWER, DnsRow, dns_batch, logged_name, qtype_of, rcode_of
+from cybermesh.telemetry.dns import PORT as DNS_PORT
 from cybermesh.telemetry.event_rows import EventRow, event_batch, packed
 from cybermesh.telemetry.events import EventKind, Outcome
 from cybermesh.telemetry.flow_rows import Counted, Ends
@@ -21,16 +23,14 @@ OTHER_EVENT = "record of another type"
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
-_DNS_PORT = 53
 _FIRST_LINES = 16
 _ICMP = frozenset({PROTOCOLS["icmp"], PROTOCOLS["icmp6"]})
-_RECORD_TYPES = {"A": 1, "NS": 2, "CNAME": 5, "SOA": 6, "PTR": 12, "MX": 15, "TXT": 16, "AAAA": 28, "SRV": 33, "NULL": 10}
 
 Record = Mapping[str, object]
 
 
 class EveDecoder:
-    """Lines of eve.json to flows and events."""
+    """Lines of eve.json to flows, DNS rows and events."""
 
     def begin(self, name: str, beginning: bytes, modified_s: float | None) -> None:
         """Recognise the format by its first lines, of which some may be damaged.
@@ -44,9 +44,10 @@ class EveDecoder:
             raise SourceError(f"{name}: is not Suricata's eve.json; give a file with one JSON object on each line")
 
     def decode(self, lines: Sequence[bytes], counters: Counters) -> list[Batch]:
-        """Return the records as batches: flows, then events."""
+        """Return the records as batches: flows, then DNS rows, then events."""
         flows: list[tuple[Ends, Counted]] = []
         events: list[EventRow] = []
+        asked: list[DnsRow] = []
         for line in lines:
             line = line.strip()
             if not line:
@@ -57,13 +58,19 @@ class EveDecoder:
                 counters.skip(found)
             elif isinstance(found, EventRow):
                 events.append(found)
+            elif isinstance(found, DnsRow):
+                asked.append(found)
             else:
                 flows.append(found)
-        counters.metered += len(flows) + len(events)
-        return [*flow_batches(flows), *([event_batch(events)] if events else [])]
+        counters.metered += len(flows) + len(asked) + len(events)
+        return [
+            *flow_batches(flows),
+            *([dns_batch(asked)] if asked else []),
+            *([event_batch(events)] if events else []),
+        ]
 
 
-def _read(line: bytes) -> tuple[Ends, Counted] | EventRow | str:
+def _read(line: bytes) -> tuple[Ends, Counted] | EventRow | DnsRow | str:
     record = _object(line)
     if record is None:
         return NOT_JSON
@@ -85,23 +92,32 @@ def _flow(record: Record) -> tuple[Ends, Counted] | None:
     return sound(_ends(record), Counted(start, duration, *packets))
 
 
-def _dns(record: Record) -> EventRow | None:
-    """Read a query or an answer of any version of the format."""
+def _dns(record: Record) -> DnsRow | None:
+    """Read a question or an answer of any version of the format."""
     ends, ts_us, dns = _ends(record), _microseconds(record.get("timestamp")), _inner(record, "dns")
     if ends is None or ts_us is None:
         return None
     queries = dns.get("queries") or dns.get("query")
     first = queries[0] if isinstance(queries, list) and queries else dns
     query = first if isinstance(first, dict) and "rrname" in first else dns
-    name, kind = query.get("rrname", ""), query.get("rrtype", "")
-    code = dns.get("rcode") if dns.get("type") in {"answer", "response"} else None
-    outcome = Outcome.UNKNOWN if code is None else Outcome.SUCCESS if code == "NOERROR" else Outcome.FAILURE
-    if ends.sport == _DNS_PORT != ends.dport:  # an answer told from the server's side
+    name, kind, answers = query.get("rrname", ""), query.get("rrtype", ""), dns.get("answers")
+    is_answer = dns.get("type") in {"answer", "response"}
+    if ends.sport == DNS_PORT != ends.dport:  # an answer told from the server's side
         ends = ends._replace(src=ends.dst, dst=ends.src, sport=ends.dport, dport=ends.sport)
-    status = _RECORD_TYPES.get(kind, 0) if isinstance(kind, str) else 0
-    text = name if isinstance(name, str) else ""
-    return EventRow(
-        ts_us, EventKind.DNS, outcome, ends.src, ends.dst, ends.dport, ends.proto, status=status, host=_host(record), text=text
+    length, text = logged_name(name if isinstance(name, str) else "")
+    return DnsRow(
+        ts_us,
+        ends.src,
+        ends.dst,
+        ends.dport,
+        ends.proto,
+        asked=not is_answer,
+        rcode=rcode_of(str(dns.get("rcode"))) if is_answer else NO_ANSWER,
+        qtype=qtype_of(kind) if isinstance(kind, str) else 0,
+        answers=min(len(answers), 0xFFFF) if isinstance(answers, list) else 0,
+        size=0,
+        name_length=length,
+        name=text,
     )
 
 
@@ -166,7 +182,7 @@ def _object(line: bytes) -> Record | None:
     return value if isinstance(value, dict) else None
 
 
-_READERS: Mapping[str, Callable[[Record], tuple[Ends, Counted] | EventRow | None]] = {
+_READERS: Mapping[str, Callable[[Record], tuple[Ends, Counted] | EventRow | DnsRow | None]] = {
     "flow": _flow,
     "dns": _dns,
     "alert": _alert,

@@ -1,4 +1,4 @@
-"""Zeek's conn and dns logs, as tab separated values or JSON: flows and events.
+"""Zeek's conn and dns logs, as tab separated values or JSON: flows, and DNS questions with their answers.
 
 A connection's packets, payload bytes and duration are known, nothing else of the 79 features. Zeek leaves duration and bytes
 out of a connection with a single packet, where they are zero; elsewhere what is unset is unknown, and masked.
@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import orjson
 
 from cybermesh.telemetry.counters import Counters
-from cybermesh.telemetry.event_rows import EventRow, event_batch, packed
-from cybermesh.telemetry.events import EventKind, Outcome
+from cybermesh.telemetry.dns import NO_ANSWER, DnsRow, dns_batch, logged_name
+from cybermesh.telemetry.event_rows import packed
 from cybermesh.telemetry.flow_rows import Counted, Ends, counted_flows
 from cybermesh.telemetry.sources import Batch, SourceError
 
@@ -30,12 +30,13 @@ _MICROSECOND = datetime.timedelta(microseconds=1)
 _NEEDED = frozenset({"ts", "id.orig_h", "id.orig_p", "id.resp_h", "id.resp_p", "proto"})
 _KINDS = {"conn": frozenset({"conn_state"}), "dns": frozenset({"query"})}
 _PORTS = 1 << 16
+_RCODES = 1 << 12  # with the bits of EDNS (RFC 6891)
 
 Record = Mapping[str, object]
 
 
 class ZeekDecoder:
-    """Lines of conn.log or dns.log to flows or events; a log that changes its columns in the middle says so itself."""
+    """Lines of conn.log or dns.log to flows or DNS rows; a log that changes its columns in the middle says so itself."""
 
     def __init__(self) -> None:
         self._separator = b"\t"
@@ -63,9 +64,9 @@ class ZeekDecoder:
             raise SourceError(f"{name}: {what}; give its conn.log or dns.log, as TSV or JSON")
 
     def decode(self, lines: Sequence[bytes], counters: Counters) -> list[Batch]:
-        """Return the records as batches: the flows, cut where their masks differ, then the events."""
+        """Return the records as batches: the flows, cut where their masks differ, then the DNS rows."""
         flows: list[tuple[Ends, Counted]] = []
-        events: list[EventRow] = []
+        asked: list[DnsRow] = []
         for line in lines:
             line = line.rstrip(b"\r")
             if not line:
@@ -77,12 +78,12 @@ class ZeekDecoder:
             found = self._read(line)
             if isinstance(found, str):
                 counters.skip(found)
-            elif isinstance(found, EventRow):
-                events.append(found)
+            elif isinstance(found, DnsRow):
+                asked.append(found)
             else:
                 flows.append(found)
-        counters.metered += len(flows) + len(events)
-        return [*flow_batches(flows), *([event_batch(events)] if events else [])]
+        counters.metered += len(flows) + len(asked)
+        return [*flow_batches(flows), *([dns_batch(asked)] if asked else [])]
 
     def _directive(self, line: bytes) -> None:
         """Take note of a header line."""
@@ -97,7 +98,7 @@ class ZeekDecoder:
         elif key in {b"#unset_field", b"#empty_field"}:
             self._unset.add(value)
 
-    def _read(self, line: bytes) -> tuple[Ends, Counted] | EventRow | str:
+    def _read(self, line: bytes) -> tuple[Ends, Counted] | DnsRow | str:
         if line[:1] == b"{":
             record = _object(line)
             return NOT_JSON if record is None else _record(record, _kind(record))
@@ -140,7 +141,7 @@ def port(value: object) -> int | None:
     return number if number is not None and 0 <= number < _PORTS else None
 
 
-def _record(record: Record, kind: str) -> tuple[Ends, Counted] | EventRow | str:
+def _record(record: Record, kind: str) -> tuple[Ends, Counted] | DnsRow | str:
     reader = _READERS.get(kind)
     if reader is None:
         return OTHER_LOG
@@ -167,22 +168,27 @@ def _conn(record: Record) -> tuple[Ends, Counted] | None:
     return sound(ends, Counted(start_us, duration, *packets, *sizes))
 
 
-def _dns(record: Record) -> EventRow | None:
+def _dns(record: Record) -> DnsRow | None:
+    """Read a question with its answer, if there was one."""
     ends, ts_us = _ends(record), _microseconds(record.get("ts"))
-    query, code = record.get("query", ""), integer(record.get("rcode"))
+    query, rcode, kind = record.get("query", ""), integer(record.get("rcode")), integer(record.get("qtype"))
     if ends is None or ts_us is None or not isinstance(query, str):
         return None
-    kind = integer(record.get("qtype")) or 0
-    return EventRow(
+    answers = record.get("answers", ())
+    count = answers.count(",") + 1 if isinstance(answers, str) else len(answers) if isinstance(answers, Sequence) else 0
+    return DnsRow(
         ts_us,
-        EventKind.DNS,
-        Outcome.UNKNOWN if code is None else Outcome.FAILURE if code else Outcome.SUCCESS,
         ends.src,
         ends.dst,
         ends.dport,
         ends.proto,
-        status=kind if 0 <= kind < _PORTS else 0,
-        text=query,
+        asked=True,
+        rcode=rcode if rcode is not None and 0 <= rcode < _RCODES else NO_ANSWER,
+        qtype=kind if kind is not None and 0 <= kind < _PORTS else 0,
+        answers=min(count, _PORTS - 1),
+        size=0,
+        name_length=logged_name(query)[0],
+        name=logged_name(query)[1],
     )
 
 
@@ -226,4 +232,4 @@ def _is_hex(text: str) -> bool:
     return all(digit in "0123456789abcdefABCDEF" for digit in text)
 
 
-_READERS: Mapping[str, Callable[[Record], tuple[Ends, Counted] | EventRow | None]] = {"conn": _conn, "dns": _dns}
+_READERS: Mapping[str, Callable[[Record], tuple[Ends, Counted] | DnsRow | None]] = {"conn": _conn, "dns": _dns}

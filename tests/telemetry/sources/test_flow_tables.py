@@ -11,7 +11,8 @@ import pytest
 
 from cybermesh.cli import flow_rows as own
 from cybermesh.telemetry import cic_columns
-from cybermesh.telemetry.events import EventBatch, EventKind, Outcome
+from cybermesh.telemetry.dns import NO_ANSWER, NOERROR, NXDOMAIN, DnsBatch
+from cybermesh.telemetry.events import EventBatch, EventKind
 from cybermesh.telemetry.features import COLUMN, NAMES
 from cybermesh.telemetry.flows import EndReason, FlowBatch
 from cybermesh.telemetry.meter import FlowMeter
@@ -203,9 +204,29 @@ def test_zeek_in_iso_times_and_another_separator_is_read(tmp_path: Path) -> None
     row = ["2026-11-20T21:16:58.000001Z", "192.0.2.7", "5000", "192.0.2.53", "53", "udp", "a.example", "16", "3"]
     path.write_text("#separator \\x7c\n#path|dns\n#fields|" + "|".join(fields) + "\n" + "|".join(row) + "\n")
     (batch,) = read(path)
-    assert isinstance(batch, EventBatch)
-    assert (batch.ts_us[0], batch.kind[0], batch.outcome[0]) == (1_795_209_418_000_001, EventKind.DNS, Outcome.FAILURE)
-    assert (batch.text[0], batch.status[0], batch.port[0]) == ("a.example", 16, 53)
+    assert isinstance(batch, DnsBatch)
+    assert (batch.ts_us[0], batch.asked[0], batch.rcode[0]) == (1_795_209_418_000_001, True, NXDOMAIN)
+    assert (batch.name[0], batch.name_length[0], batch.qtype[0], batch.port[0]) == ("a.example", 9, 16, 53)
+
+
+def test_zeek_answers_are_counted_in_both_forms_and_odd_names_are_made_safe(tmp_path: Path) -> None:
+    record: dict[str, object] = {"ts": 1.5, "id.orig_h": "192.0.2.7", "id.orig_p": 5000, "id.resp_h": "192.0.2.53"}
+    record |= {"_path": "dns", "id.resp_p": 53, "proto": "tcp", "query": "\x1b[2J.Ex\u00e9.", "qtype": 255, "rcode": 0}
+    (batch,) = read(written(tmp_path / "dns.log", {**record, "answers": ["192.0.2.1", "192.0.2.2"]}, {**record, "query": "."}))
+    assert isinstance(batch, DnsBatch)
+    assert batch.name.tolist() == ["\\027[2j.ex\\195\\169", "."]
+    assert (batch.answers.tolist(), batch.protocol.tolist()) == ([2, 0], [6, 6])
+    fields = [name for name in record if name != "_path"]
+    table = tmp_path / "dns.tsv"
+    row = "\t".join(str(record[name]) for name in fields[:-3])
+    table.write_text(
+        "#separator \\x09\n#path\tdns\n#fields\t"
+        + "\t".join([*fields[:-3], "query", "answers"])
+        + f"\n{row}\tb.example\t192.0.2.1,cname,x\n"
+    )
+    (batch,) = read(table)
+    assert isinstance(batch, DnsBatch)
+    assert (batch.answers.tolist(), batch.rcode.tolist(), batch.qtype.tolist()) == ([3], [NO_ANSWER], [0])
 
 
 def test_another_log_of_zeek_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -239,33 +260,34 @@ def test_suricata_flows_have_packets_and_times_and_everything_else_is_counted(tm
 @pytest.mark.parametrize(
     ("dns", "turned", "expected"),
     [
-        ({"type": "query", "rrname": "a.example", "rrtype": "TXT"}, False, ("a.example", Outcome.UNKNOWN, 16)),
+        ({"type": "query", "rrname": "a.example", "rrtype": "TXT"}, False, ("a.example", NO_ANSWER, 16)),
         (
             {"type": "answer", "rrname": "a.example", "rrtype": "A", "rcode": "NXDOMAIN"},
             True,
-            ("a.example", Outcome.FAILURE, 1),
+            ("a.example", NXDOMAIN, 1),
         ),
         (
             {"type": "answer", "rrname": "a.example", "rrtype": "A", "rcode": "NOERROR"},
             False,
-            ("a.example", Outcome.SUCCESS, 1),
+            ("a.example", NOERROR, 1),
         ),
         (
             {"version": 3, "type": "response", "rcode": "NOERROR", "queries": [{"rrname": "b.example", "rrtype": "AAAA"}]},
             False,
-            ("b.example", Outcome.SUCCESS, 28),
+            ("b.example", NOERROR, 28),
         ),
-        ({"version": 1, "query": [{"rrname": "c.example", "rrtype": "NULL"}]}, False, ("c.example", Outcome.UNKNOWN, 10)),
+        ({"version": 1, "query": [{"rrname": "c.example", "rrtype": "NULL"}]}, False, ("c.example", NO_ANSWER, 10)),
     ],
 )
-def test_suricata_dns_of_every_version_is_the_clients_event(
-    tmp_path: Path, dns: dict[str, object], turned: bool, expected: tuple[str, Outcome, int]
+def test_suricata_dns_of_every_version_is_told_from_the_clients_side(
+    tmp_path: Path, dns: dict[str, object], turned: bool, expected: tuple[str, int, int]
 ) -> None:
     ends = {"src_ip": EVE["dest_ip"], "src_port": 53, "dest_ip": EVE["src_ip"], "dest_port": 4000} if turned else {}
     (batch,) = read(written(tmp_path / "eve.json", {**EVE, **ends, "event_type": "dns", "dns": dns}))
-    assert isinstance(batch, EventBatch)
-    assert (batch.text[0], batch.outcome[0], batch.status[0]) == expected
-    assert (batch.source[0, 15], batch.destination[0, 15], batch.port[0], batch.host[0]) == (7, 53, 53, "sensor")
+    assert isinstance(batch, DnsBatch)
+    assert (batch.name[0], batch.rcode[0], batch.qtype[0]) == expected
+    assert (batch.client[0, 15], batch.server[0, 15], batch.port[0]) == (7, 53, 53)
+    assert batch.asked[0] == (expected[1] == NO_ANSWER)
 
 
 def test_a_suricata_alert_is_an_event(tmp_path: Path) -> None:
