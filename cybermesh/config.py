@@ -156,7 +156,7 @@ class Store(Section):
 class Enforce(Section):
     """The agent's firewall."""
 
-    backend: Literal["noop", "nftables"] = "noop"
+    backend: Literal["noop", "nftables", "iptables"] = "noop"
     mode: Literal["observe", "enforce"] = "observe"
     protected_networks: Names = Field(default=(), description="never blocked on this host, whatever is decided")
     scope: str = Field(default="", description="name of this enforcement point in acks; default: the host name")

@@ -47,8 +47,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def netns() -> None:
-    """Root, ``ip`` and ``nft`` are here and a network namespace can be made."""
-    missing = [tool for tool in ("ip", "nft") if shutil.which(tool) is None]
+    """Root, ``ip`` and the firewalls' programs are here and a network namespace can be made."""
+    missing = [tool for tool in ("ip", "nft", "iptables", "ipset") if shutil.which(tool) is None]
     if missing:
         skip_or_fail("netns", f"not installed: {', '.join(missing)}")
     if os.geteuid() != 0:

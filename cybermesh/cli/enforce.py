@@ -46,39 +46,42 @@ class _Desk:
 @contextmanager
 def _desk(config: Path | None) -> Iterator[_Desk]:
     """Open the agent's database and firewall as the agent's settings name them."""
-    from cybermesh.addresses import AddressError, parse_network
-    from cybermesh.config import load
+    from cybermesh.config import ConfigError, load
     from cybermesh.enforce.acks import Place
+    from cybermesh.enforce.backends import BackendError
     from cybermesh.enforce.decisions import Mode, ProofError, Proven
     from cybermesh.enforce.enforcer import Enforcer, Ports
+    from cybermesh.enforce.guard import Protected
     from cybermesh.enforce.state import FILE_NAME, State
     from cybermesh.enforce.surroundings import Places, look
     from cybermesh.messages import PolicyUpdate
+    from cybermesh.roles import firewall
 
     settings = load(config).settings
-    try:
-        protected = [("configured", parse_network(text)) for text in settings.enforce.protected_networks]
-    except AddressError as fault:
-        raise output.CommandError(f"enforce.protected_networks: {fault}", 2) from None
+
+    def surroundings() -> Protected:
+        # Without its genesis this command knows less than the agent did, and says so; switching off must work all the same.
+        try:
+            genesis = firewall.read_genesis(settings.node.genesis)
+        except ConfigError as fault:
+            found = look(Places(), firewall.configured(settings))
+            return Protected(found.networks, (*found.problems, str(fault)))
+        return firewall.Shield(settings, genesis, _now_ms)()
 
     def prove(update: PolicyUpdate) -> Proven:
         raise ProofError("NO_PROOF", f"{update.policy_id}: the command line takes no decisions")
 
-    backend = _backend(settings.enforce.backend)
+    try:
+        backend = firewall.open_backend(settings.enforce.backend)
+    except BackendError as fault:
+        raise output.CommandError(str(fault)) from None
     state = State(settings.node.state_dir / FILE_NAME, Mode(settings.enforce.mode))
     try:
-        ports = Ports(prove=prove, seal=None, look=lambda: look(Places(), protected), now_ms=_now_ms)
+        ports = Ports(prove=prove, seal=None, look=surroundings, now_ms=_now_ms)
         yield _Desk(state, backend, lambda: Enforcer(state, backend, ports, Place("", "")))
     finally:
         state.close()
         backend.close()
-
-
-def _backend(name: str) -> Backend:
-    from cybermesh.enforce.backends.nftables import NftablesBackend, open_channel
-    from cybermesh.enforce.backends.noop import NoopBackend
-
-    return NftablesBackend(open_channel()) if name == "nftables" else NoopBackend()
 
 
 def _now_ms() -> int:

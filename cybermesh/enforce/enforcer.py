@@ -75,8 +75,8 @@ class Enforcer:
 
     def __init__(self, state: State, backend: Backend, ports: Ports, place: Place) -> None:
         self._state = state
+        self._backend = backend
         self._installer = Installer(backend, ports.now_ms)
-        self._backend_name = backend.name
         self._ports = ports
         self._place = place
         self._lock = asyncio.Lock()
@@ -90,6 +90,7 @@ class Enforcer:
         self._last = Reconciliation()
         self.counts: Counter[str] = Counter()
         self.acks_ready = asyncio.Event()
+        self._changed = asyncio.Event()
 
     async def open(self) -> Reconciliation:
         """Load the state and bring the firewall to it: what has ended stays ended, the rest gets the time it has left.
@@ -147,16 +148,28 @@ class Enforcer:
             return await self._reconcile(self._ports.now_ms())
 
     async def run(self, tick_s: float = 1.0, reconcile_s: float = 30.0) -> None:
-        """Tick and reconcile until cancelled; StateError is the supervisor's to answer."""
+        """Tick and reconcile until cancelled, at once when ``listen`` has heard something; StateError is the supervisor's."""
         since_s = 0.0
         while True:
             await asyncio.sleep(tick_s)
             since_s += tick_s
-            if since_s < reconcile_s:
+            if since_s < reconcile_s and not self._changed.is_set():
                 await self.tick()
-            else:
-                since_s = 0.0
-                await self.reconcile()
+                continue
+            since_s = 0.0
+            # Cleared before the look: a change during it is another one.
+            self._changed.clear()
+            await self.reconcile()
+
+    async def listen(self, retry_s: float = 30.0) -> None:
+        """Hear until cancelled that somebody has changed the firewall; runs beside ``run``, which looks within a tick."""
+        while True:
+            try:
+                await self._backend.wait_changed()
+                self._changed.set()
+            except BackendError:
+                # Deaf, not blind: reconciliation by time goes on.
+                await asyncio.sleep(retry_s)
 
     async def release_parked(self) -> list[Outcome]:
         """Handle parked events again; to be called when the committee of a new epoch is known."""
@@ -180,7 +193,7 @@ class Enforcer:
         """Return figures for people and metrics; no address is in them."""
         held = Counter(decision.held for decision in self._book.held())
         return {
-            "backend": self._backend_name,
+            "backend": self._backend.name,
             "mode": self._admission.conditions.mode.value,
             "kill_switch": self._admission.conditions.kill_switch,
             "confirm_by_ms": self._admission.conditions.confirm_by_ms,

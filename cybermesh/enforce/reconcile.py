@@ -68,7 +68,7 @@ def plan(desired: Mapping[Match, Element], installed: Mapping[Match, Element], n
     """Compare what should be with what is; both mappings hold complete lanes as far as areas go.
 
     Installed elements whose time is up count as gone. Ends that differ by at most ``tolerance_ms`` count as equal, because
-    firewalls tell remaining time in whole seconds. All tuples are sorted by match.
+    firewalls tell and keep time in whole seconds: what ends that soon may be gone already. All tuples are sorted by match.
     """
     adds: list[Element] = []
     renewals: list[tuple[Element, Element]] = []
@@ -77,7 +77,8 @@ def plan(desired: Mapping[Match, Element], installed: Mapping[Match, Element], n
         if want.expires_at_ms <= now_ms:
             continue
         if have is None or have.expires_at_ms <= now_ms:
-            adds.append(want)
+            if want.expires_at_ms - now_ms > tolerance_ms:
+                adds.append(want)
         elif have.rate != want.rate or abs(have.expires_at_ms - want.expires_at_ms) > tolerance_ms:
             renewals.append((have, want))
     removes = [

@@ -72,6 +72,7 @@ class AgentRole:
         await self._open()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._reconcile(), name=f"{self._parts.name} reconcile")
+            group.create_task(self.enforcer.listen(), name=f"{self._parts.name} firewall changes")
             group.create_task(self._consume(), name=f"{self._parts.name} decisions")
             if self._parts.topics.control_policy_ack:
                 group.create_task(self._publish_acks(), name=f"{self._parts.name} acks")

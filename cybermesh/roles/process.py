@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from cybermesh import genesis as genesis_file
-from cybermesh.addresses import parse_network
 from cybermesh.api.health import Probes, serve
 from cybermesh.bus import Bus
 from cybermesh.bus.topics import Topics
@@ -30,10 +28,6 @@ from cybermesh.consensus.transport import Transport
 from cybermesh.consensus.transport.memory import MemoryNetwork
 from cybermesh.consensus.transport.tcp import TcpTransport, listen_on
 from cybermesh.detect.engines.rule_file import RuleError
-from cybermesh.enforce import surroundings
-from cybermesh.enforce.backends import Backend
-from cybermesh.enforce.backends.nftables import NftablesBackend, open_channel
-from cybermesh.enforce.backends.noop import NoopBackend
 from cybermesh.enforce.decisions import Mode
 from cybermesh.enforce.state import FILE_NAME
 from cybermesh.enforce.state import State as AgentState
@@ -46,6 +40,7 @@ from cybermesh.roles.agent import AgentParts, AgentRole
 from cybermesh.roles.ai import AiRole, Parts
 from cybermesh.roles.clock import Clock, SystemClock
 from cybermesh.roles.detection import open_detector
+from cybermesh.roles.firewall import Shield, open_backend, read_genesis
 from cybermesh.roles.open_bus import open_bus
 from cybermesh.roles.peers import parse_address, read_peers
 from cybermesh.roles.validator import ValidatorParts, ValidatorRole, safety_file_of
@@ -92,7 +87,7 @@ async def run(settings: Settings, roles: Sequence[Role]) -> None:
     Raises:
         ConfigError: The settings do not fit these roles.
     """
-    genesis = _read_genesis(settings)
+    genesis = read_genesis(settings.node.genesis)
     _check(settings, genesis, roles)
     settings.node.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     topics = Topics(**settings.topics.model_dump())
@@ -148,14 +143,6 @@ async def _until_signal(running: Sequence[_Running], settings: Settings) -> None
         await stopped.wait()
         for task in tasks:
             task.cancel()
-
-
-def _read_genesis(settings: Settings) -> Genesis:
-    path = settings.node.genesis
-    try:
-        return genesis_file.parse(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; node.genesis names the deployment's genesis file") from error
 
 
 def _check(settings: Settings, genesis: Genesis, roles: Sequence[Role]) -> None:
@@ -270,9 +257,8 @@ def _make_agent(context: _Context, stack: AsyncExitStack) -> AgentRole:
     settings = context.settings.enforce
     state = AgentState(context.file(FILE_NAME), Mode(settings.mode))
     stack.callback(state.close)
-    configured = [("infrastructure", network) for network in context.genesis.infrastructure_networks]
-    configured += [("protected", network) for network in context.genesis.protected_networks]
-    configured += [("configured", parse_network(text)) for text in settings.protected_networks]
+    backend = open_backend(settings.backend)
+    stack.callback(backend.close)
     return AgentRole(
         AgentParts(
             genesis=context.genesis,
@@ -281,16 +267,12 @@ def _make_agent(context: _Context, stack: AsyncExitStack) -> AgentRole:
             topics=context.topics,
             bus=context.bus,
             state=state,
-            backend=_open_backend(settings.backend),
+            backend=backend,
             nonces=NonceSource(stack.enter_context(FileCounters(context.file("agent.nonces")))),
             clock=context.clock,
-            look=lambda: surroundings.look(surroundings.Places(), configured),
+            look=Shield(context.settings, context.genesis, context.clock.wall_ms),
         )
     )
-
-
-def _open_backend(name: str) -> Backend:
-    return NftablesBackend(open_channel()) if name == "nftables" else NoopBackend()
 
 
 class Positions:

@@ -63,6 +63,18 @@ def lab() -> Iterator[Lab]:
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
+@contextlib.contextmanager
+def bare() -> Iterator[str]:
+    """Make one namespace with nothing but loopback, and remove it whatever happens."""
+    name = f"cme{os.getpid() % 100_000}n"
+    command("ip", "netns", "add", name)
+    try:
+        command("ip", "-n", name, "link", "set", "lo", "up")
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
 def _link(host: str, other: str, network: str, addresses: dict[int, str]) -> None:
     near, far = f"to{network}", "eth0"
     command("ip", "link", "add", near, "netns", host, "type", "veth", "peer", "name", far, "netns", other)

@@ -85,6 +85,14 @@ class Backend(Protocol):
         """
         ...
 
+    async def wait_changed(self) -> None:
+        """Return when somebody else may have changed the firewall; never return where a firewall does not tell.
+
+        Raises:
+            BackendError: It cannot be listened to; reconciliation by time goes on.
+        """
+        ...
+
     def close(self) -> None:
         """Give back what is open in this process; the firewall stays as it is. Whoever made the backend calls it."""
         ...

@@ -8,13 +8,12 @@ No shell is involved in either. The text of the scripts is in ``nft_script``.
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Final, Protocol
 
 import orjson
 
-from cybermesh.enforce.backends import Audit, BackendError, netlink, nft_script
+from cybermesh.enforce.backends import Audit, BackendError, netlink, nft_script, programs, watch
 from cybermesh.enforce.reconcile import Plan
 from cybermesh.enforce.rules import Element, Match
 
@@ -34,6 +33,10 @@ class Channel(Protocol):
 
     async def list_table(self) -> bytes | None:
         """Return nft's JSON of our table, None if there is no such table."""
+        ...
+
+    def announce(self, started: Callable[[int], None]) -> None:
+        """Have ``started`` told the process id of whatever else than this process makes transactions."""
         ...
 
 
@@ -71,41 +74,35 @@ class LibraryChannel:
             raise _translated(error)
         return str(output).encode()
 
+    def announce(self, started: Callable[[int], None]) -> None:
+        """Nobody else makes transactions."""
+
 
 class ProcessChannel:
     """The ``nft`` program, for hosts without the binding."""
 
     def __init__(self, program: str) -> None:
         self._program = program
+        self._started: Callable[[int], None] | None = None
+
+    def announce(self, started: Callable[[int], None]) -> None:
+        """Tell ``started`` the process id of every program."""
+        self._started = started
 
     async def run(self, script: str) -> None:
         """Run ``script`` as one transaction."""
-        code, _, error = await self._call(script.encode(), "-f", "-")
-        if code != 0:
-            raise _translated(error)
+        ended = await programs.run(self._program, "-f", "-", text=script, started=self._started)
+        if ended.code != 0:
+            raise _translated(ended.error)
 
     async def list_table(self) -> bytes | None:
         """Return nft's JSON of our table."""
-        code, output, error = await self._call(b"", "-j", "-p", *_LIST.split())
-        if code != 0:
-            if _GONE in error:
-                return None
-            raise _translated(error)
-        return output
-
-    async def _call(self, text: bytes, *arguments: str) -> tuple[int, bytes, str]:
-        pipe = asyncio.subprocess.PIPE
-        try:
-            process = await asyncio.create_subprocess_exec(self._program, *arguments, stdin=pipe, stdout=pipe, stderr=pipe)
-        except OSError as fault:
-            raise BackendError("NO_FIREWALL", f"{self._program}: {fault}") from fault
-        try:
-            output, error = await process.communicate(text)
-        except asyncio.CancelledError:
-            process.kill()
-            await process.wait()
-            raise
-        return process.returncode or 0, output, error.decode(errors="replace")
+        ended = await programs.run(self._program, "-j", "-p", *_LIST.split())
+        if ended.code == 0:
+            return ended.output
+        if _GONE in ended.error:
+            return None
+        raise _translated(ended.error)
 
 
 def open_channel() -> Channel:
@@ -117,7 +114,7 @@ def open_channel() -> Channel:
     try:
         return LibraryChannel()
     except BackendError as fault:
-        program = shutil.which("nft") or shutil.which("nft", path="/usr/sbin:/sbin")
+        program = programs.find("nft")
         if program is None:
             raise BackendError("NO_FIREWALL", f"{fault.detail}, and no nft program; install the package nftables") from fault
         return ProcessChannel(program)
@@ -132,7 +129,9 @@ class NftablesBackend:
         self._channel = channel
         # The sets we know to exist; None until the table has been built or read.
         self._sets: frozenset[str] | None = None
-        self._questions = netlink.Questions()
+        self._questions = netlink.Questions(netlink.element_question)
+        self._watch = watch.Watch()
+        channel.announce(self._watch.own)
 
     async def apply(self, plan: Plan, now_ms: int) -> None:
         """Make the changes of ``plan`` in one transaction."""
@@ -172,6 +171,11 @@ class NftablesBackend:
     def close(self) -> None:
         """Give back what is open; the firewall stays as it is."""
         self._questions.close()
+        self._watch.close()
+
+    async def wait_changed(self) -> None:
+        """Return when another process has changed nftables."""
+        await self._watch.wait()
 
     async def remove_all(self) -> None:
         """Delete our table, whether it is there or not."""

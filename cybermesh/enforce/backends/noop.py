@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Collection
 
@@ -39,6 +40,10 @@ class NoopBackend:
         """Return everything that has not ended."""
         self._mirror.forget_ended(now_ms)
         return Audit(self._mirror.view())
+
+    async def wait_changed(self) -> None:
+        """Wait for ever: nobody else holds this."""
+        await asyncio.Event().wait()
 
     def close(self) -> None:
         """There is nothing to give back."""
