@@ -34,7 +34,10 @@ def open_decision(draft: Draft, request: RequestRecord, spec: PolicySpec, grant:
     # A producer that acts alone gets what its budget says, whoever the offender is.
     if offence is not None and offence.until_ms > draft.time_ms and grant.why is not Why.BUDGET:
         ttl_s, level = _doubled(draft, offence.ttl_s, ttl_s), offence.level + 1
-    spec = _widened(draft, spec, level)
+    wide = _widened(draft, spec, level)
+    # Most rules are put in force as they were asked for, and then their bytes are there already.
+    is_as_asked = wide is spec and ttl_s == spec.guardrails.ttl_seconds and request.policy_id == spec.policy_id
+    spec = wide
     record = DecisionRecord(
         action=spec.action,
         approvers=grant.approvers,
@@ -52,7 +55,7 @@ def open_decision(draft: Draft, request: RequestRecord, spec: PolicySpec, grant:
         producer=request.producer,
         reporters=grant.reporters,
         request_id=request.request_id,
-        rule_data=_rule_data(spec, request.policy_id, ttl_s),
+        rule_data=request.rule_data if is_as_asked else _rule_data(spec, request.policy_id, ttl_s),
         rule_key=request.rule_key,
         rule_type=spec.rule_type,
         ttl_s=ttl_s,

@@ -99,8 +99,10 @@ class Draft:
         self.allowed_spans = index.allowed
         self.targets_detectors = index.targets_detectors
         self.targets_operators = index.targets_operators
-        self.due = index.due
-        self.forget = index.forget
+        self._due = index.due
+        self._forget = index.forget
+        self._new_due: list[Due] = []
+        self._new_forget: list[Due] = []
 
     # Single values
 
@@ -113,6 +115,32 @@ class Draft:
     def references_kept_ms(self) -> int:
         """How long an anomaly or evidence can be named: a policy may wait for it, and another site for the anomaly."""
         return self.genesis.governance.corroboration_window_ms + self.genesis.governance.waiting_ms
+
+    @property
+    def due(self) -> Schedule:
+        """What gives a receipt when its time comes; what the block has added so far joins the queue when it is looked at."""
+        if self._new_due:
+            self._due = self._due.added_all(self._new_due)
+            self._new_due = []
+        return self._due
+
+    @due.setter
+    def due(self, queue: Schedule) -> None:
+        assert not self._new_due
+        self._due = queue
+
+    @property
+    def forget(self) -> Schedule:
+        """What goes without a receipt when its time comes."""
+        if self._new_forget:
+            self._forget = self._forget.added_all(self._new_forget)
+            self._new_forget = []
+        return self._forget
+
+    @forget.setter
+    def forget(self, queue: Schedule) -> None:
+        assert not self._new_forget
+        self._forget = queue
 
     def next_admission(self) -> int:
         """Return the next number in the order of admission."""
@@ -130,8 +158,10 @@ class Draft:
         return self._tallies.get(producer, Tally())
 
     def _count(self, producer: bytes, name: str, count: int) -> None:
-        self._tallies[producer] = self.tally(producer).plus(name, count)
-        if self._tallies[producer] == Tally():
+        tally = self.tally(producer).plus(name, count)
+        if any(tally):
+            self._tallies[producer] = tally
+        else:
             del self._tallies[producer]
 
     # Nonce windows
@@ -165,7 +195,7 @@ class Draft:
                 self._reports[subject] = reports.set(producer, record)
         # Of equal times the oldest goes first, so that the report that counts is the last to go.
         place = record.seq.to_bytes(SEQ_BYTES, "big") + key
-        self.forget = self.forget.added(Due(record.admitted_ms + self.references_kept_ms, FORGET_ANOMALY, place))
+        self._new_forget.append(Due(record.admitted_ms + self.references_kept_ms, FORGET_ANOMALY, place))
 
     def drop_anomaly(self, key: bytes) -> None:
         """Forget an anomaly."""
@@ -191,7 +221,7 @@ class Draft:
         """Admit evidence."""
         self.evidence.put(key, record)
         self._count(key[:KEY_BYTES], "references", 1)
-        self.forget = self.forget.added(Due(record.admitted_ms + self.references_kept_ms, FORGET_EVIDENCE, key))
+        self._new_forget.append(Due(record.admitted_ms + self.references_kept_ms, FORGET_EVIDENCE, key))
 
     def drop_evidence(self, key: bytes) -> None:
         """Forget evidence."""
@@ -210,7 +240,7 @@ class Draft:
             queue = (record.severity, record.producer)
             waiting = self._deferred.get(queue, Schedule()).added(Due(record.seq, DUE_DEFERRED, key))
             self._deferred = self._deferred.set(queue, waiting)
-            self.due = self.due.added(Due(NOW if record.is_woken else record.deadline_ms, DUE_DEFERRED, key))
+            self._new_due.append(Due(NOW if record.is_woken else record.deadline_ms, DUE_DEFERRED, key))
             return
         if record.stage is Stage.WAITING:
             for reference in references_of(record):
@@ -219,7 +249,7 @@ class Draft:
             if record.is_corroborable:
                 _include(self._pending_on, subject_of(record), record.policy_id)
             _include(self._pending_rules, record.rule_key, record.policy_id)
-        self.due = self.due.added(Due(NOW if record.is_woken else record.deadline_ms, DUE_REQUEST, key))
+        self._new_due.append(Due(NOW if record.is_woken else record.deadline_ms, DUE_REQUEST, key))
 
     def drop_request(self, policy_id: str) -> None:
         """Stop keeping a policy, if it is kept."""
@@ -277,7 +307,7 @@ class Draft:
             self._targets[record.policy_id] = spans_of_rule(record.rule_data)
         self._count_targets(record, 1)
         when = NOW if record.ending else record.expires_at_ms
-        self.due = self.due.added(Due(when, DUE_DECISION, record.policy_id.encode()))
+        self._new_due.append(Due(when, DUE_DECISION, record.policy_id.encode()))
 
     def drop_decision(self, policy_id: str) -> None:
         """Remove a decision that has ended."""
@@ -321,7 +351,7 @@ class Draft:
     def put_offence(self, rule_key: bytes, record: OffenceRecord) -> None:
         """Remember what a rule's last decision came to."""
         self.offences.put(rule_key, record)
-        self.forget = self.forget.added(Due(record.until_ms, FORGET_OFFENCE, rule_key))
+        self._new_forget.append(Due(record.until_ms, FORGET_OFFENCE, rule_key))
 
     # Shields and proposals
 
@@ -338,7 +368,7 @@ class Draft:
     def put_proposal(self, key: bytes, record: ProposalRecord) -> None:
         """Keep a change that gathers operators."""
         self.proposals.put(key, record)
-        self.due = self.due.added(Due(record.deadline_ms, DUE_PROPOSAL, key))
+        self._new_due.append(Due(record.deadline_ms, DUE_PROPOSAL, key))
 
     # What falls due
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from cybermesh.addresses import AddressError, parse_address, parse_network
@@ -23,7 +23,7 @@ from cybermesh.ledger.draft import Draft, subject_of
 from cybermesh.ledger.index import Span, Subject, span_of, spans_of
 from cybermesh.ledger.receipts import Code, Why
 from cybermesh.ledger.records import AnomalyRecord, RequestRecord
-from cybermesh.policy import Action, Audit, Criteria, Guardrails, PolicySpec
+from cybermesh.policy import Action, Guardrails, PolicySpec
 
 MINUTE_MS: Final = 60_000
 _SECONDS_COUNTED: Final = 61
@@ -50,7 +50,7 @@ class BudgetAnswer(enum.Enum):
 def rule_key(spec: PolicySpec) -> bytes:
     """Return what makes two policies the same rule: everything but the id, the time, the criteria and the reasons."""
     bare = Guardrails(ttl_seconds=1, dry_run=spec.guardrails.dry_run)
-    rule = replace(spec, policy_id="-", guardrails=bare, criteria=Criteria(), audit=Audit())
+    rule = PolicySpec("-", spec.rule_type, spec.action, spec.target, bare, spec.tenant, spec.region)
     return hashlib.sha256(b"cm/rule/1" + rule.to_json()).digest()
 
 

@@ -6,7 +6,7 @@ digest, and is made anew when a snapshot is read. Sets are unordered on purpose;
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import immutables
@@ -60,8 +60,7 @@ def spans_of_rule(rule_data: bytes) -> tuple[Span, ...]:
     return spans_of([*target.get("ips", ()), *target.get("cidrs", ())])
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(NamedTuple):
     """How much of what is limited one producer holds."""
 
     references: int = 0
@@ -72,8 +71,7 @@ class Tally:
 
     def plus(self, name: str, count: int) -> Tally:
         """Return the tally with ``count`` more (or fewer) of one thing."""
-        changed: Tally = replace(self, **{name: getattr(self, name) + count})
-        return changed
+        return self._replace(**{name: getattr(self, name) + count})
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,9 @@ def consider(draft: Draft, request: RequestRecord) -> Verdict:
 
 def _judge(draft: Draft, request: RequestRecord, spec: PolicySpec) -> Verdict:
     """Find who grants the request; its producer and its targets have just been looked at."""
-    request = replace(request, is_about_victim=is_about_victim(request, spec))
+    about_victim = is_about_victim(request, spec)
+    if about_victim != request.is_about_victim:
+        request = replace(request, is_about_victim=about_victim)
     if draft.is_killed:
         return _stop(draft, request)
     if not is_above_floors(draft, request.confidence_ppm, request.severity):

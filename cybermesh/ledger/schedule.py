@@ -7,6 +7,7 @@ kind, key), so what comes out never depends on how the heap was built.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ class Due(NamedTuple):
     key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
+class _Node(NamedTuple):
+    """A subtree; a tuple, because an insertion makes one per level and a frozen dataclass takes five times as long to make."""
+
     rank: int
     due: Due
     left: _Node | None
@@ -41,6 +43,16 @@ class Schedule:
         """Return the queue with one entry more."""
         return Schedule(_merged(self._root, _Node(1, due, None, None)))
 
+    def added_all(self, dues: Iterable[Due]) -> Schedule:
+        """Return the queue with all of these; costs their sorting and one insertion, not an insertion each.
+
+        In order they make a heap that has only left children, which is a leftist heap as good as any.
+        """
+        chain: _Node | None = None
+        for due in sorted(dues, reverse=True):
+            chain = _Node(1, due, chain, None)
+        return Schedule(_merged(self._root, chain))
+
     def without_first(self) -> Schedule:
         """Return the queue without its earliest entry."""
         assert self._root is not None
@@ -56,12 +68,12 @@ def _merged(one: _Node | None, two: _Node | None) -> _Node | None:
         spine.append(one)
         one = one.right
     merged = one if two is None else two
-    while spine:
-        above = spine.pop()
+    for above in reversed(spine):
         left, right = above.left, merged
-        if _rank(left) < _rank(right):
-            left, right = right, left
-        merged = _Node(_rank(right) + 1, above.due, left, right)
+        left_rank, right_rank = _rank(left), _rank(right)
+        if left_rank < right_rank:
+            left, right, right_rank = right, left, left_rank
+        merged = _Node(right_rank + 1, above.due, left, right)
     return merged
 
 

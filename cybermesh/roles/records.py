@@ -22,7 +22,7 @@ from cybermesh.genesis import Genesis
 from cybermesh.keys import SigningKey
 from cybermesh.ledger.receipts import AnomalyEffect, Code, Receipt
 from cybermesh.ledger.state import Applied, State
-from cybermesh.messages import Commit, Evidence, Rejected, Transaction, TxKind, tx_digest
+from cybermesh.messages import Commit, Evidence, PolicyUpdate, Rejected, Transaction, TxKind, tx_digest
 from cybermesh.roles.ring import control_domains
 from cybermesh.store.records import (
     CommittedBlock,
@@ -66,25 +66,31 @@ def of_commit(commit: ConsensusCommit[State], author: Author, moment: Moment) ->
         assert isinstance(applied, Applied)
         is_last = position == len(commit.blocks) - 1
         certificate = consensus_codec.encode_quorum_cert(commit.certificate) if is_last else b""
-        evidence = _Evidence(headers[position:], commit.certificate)
-        records.append(_of_block(entry.block, applied, certificate, evidence, author, moment))
+        evidence = Proof(headers[position:], commit.certificate)
+        rows = of_block(entry.block, applied, author.genesis, moment)
+        events = events_of(entry.block, applied, evidence, author.genesis)
+        published = tuple(_sealed(event, author) for event in events)
+        records.append(dataclasses.replace(rows, certificate=certificate, outbox=published))
     return records
 
 
 @dataclass(frozen=True, slots=True)
-class _Evidence:
+class Proof:
     """What proves a block: its header, those after it, and the certificate of the commit."""
 
     headers: Sequence[Header]
     certificate: QuorumCert
 
     def prove(self, applied: Applied, position: int, members: int) -> bytes:
+        """Return the proof of the receipt at a position of the first block; ``members`` is the size of the committee."""
         return proof.prove(self.headers, self.certificate, proof.included(applied, position), quorum(members))
 
 
-def _of_block(
-    block: Block, applied: Applied, certificate: bytes, evidence: _Evidence, author: Author, moment: Moment
-) -> CommittedBlock:
+def of_block(block: Block, applied: Applied, genesis: Genesis, moment: Moment) -> CommittedBlock:
+    """Return the rows that follow from a block and its outcome alone, the same on every node but for the moment.
+
+    The certificate and the outbox are not among them; they belong to the commit.
+    """
     header, first_leaf = block.header, applied.log_before.size
     transactions = [split_transaction(raw) for raw in block.payload]
     frame = consensus_codec.encode_block(dataclasses.replace(block, payload=()))
@@ -106,7 +112,7 @@ def _of_block(
             last_voted_round=moment.last_voted_round,
             committed_ms=moment.now_ms,
         ),
-        certificate=certificate,
+        certificate=b"",
         transactions=tuple(
             StoredTransaction(header.height, position, tx_digest(raw), raw) for position, raw in enumerate(block.payload)
         ),
@@ -116,8 +122,7 @@ def _of_block(
             for index, receipt in enumerate(applied.receipts)
             for decision in _stored_decisions(receipt, first_leaf + index, applied)
         ),
-        evidence=tuple(_bodies(transactions, header, author.genesis)),
-        outbox=_outbox(header, transactions, applied, evidence, author),
+        evidence=tuple(_bodies(transactions, header, genesis)),
         mempool_done=tuple(tx_digest(raw) for raw in block.payload),
     )
 
@@ -163,28 +168,45 @@ def _bodies(transactions: Sequence[Transaction], header: Header, genesis: Genesi
     return found
 
 
-def _outbox(
-    header: Header, transactions: Sequence[Transaction], applied: Applied, evidence: _Evidence, author: Author
-) -> tuple[OutboxEvent, ...]:
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A message that a block has published, before a validator signs it; ``name`` and ``subject`` are the outbox's."""
+
+    name: str
+    subject: int
+    key: bytes
+    message: Commit | PolicyUpdate
+
+
+def events_of(block: Block, applied: Applied, evidence: Proof, genesis: Genesis) -> list[Event]:
     """Return what a block has published: one commit event if it did anything, and one update per decision effect."""
     if not applied.receipts:
-        return ()
-    domains = control_domains(author.genesis)
-    commit = codec.encode(seal(_commit_event(header, transactions, applied, evidence), author.key, domains))
-    events = [OutboxEvent(COMMIT_EVENT, header.height, author.topics.control_commits, str(header.height).encode(), commit)]
+        return []
+    header = block.header
+    transactions = [split_transaction(raw) for raw in block.payload]
+    commit = _commit_event(header, transactions, applied, evidence)
+    events = [Event(COMMIT_EVENT, header.height, str(header.height).encode(), commit)]
     for position, receipt in enumerate(applied.receipts):
         if not receipt.decisions:
             continue
-        proven = evidence.prove(applied, position, len(author.genesis.validators))
+        proven = evidence.prove(applied, position, len(genesis.validators))
         for effect in receipt.decisions:
             update = proof.update_of(header, effect, applied.rules[effect.decision_seq], proven)
-            sealed = codec.encode(seal(update, author.key, domains))
-            key = effect.policy_id.encode()
-            events.append(OutboxEvent(DECISION_EVENT, effect.decision_seq, author.topics.control_policy, key, sealed))
-    return tuple(events)
+            events.append(Event(DECISION_EVENT, effect.decision_seq, effect.policy_id.encode(), update))
+    return events
 
 
-def _commit_event(header: Header, transactions: Sequence[Transaction], applied: Applied, evidence: _Evidence) -> Commit:
+def topic_of(event: Event, topics: Topics) -> str:
+    """Return where an event is published."""
+    return topics.control_commits if event.name == COMMIT_EVENT else topics.control_policy
+
+
+def _sealed(event: Event, author: Author) -> OutboxEvent:
+    value = codec.encode(seal(event.message, author.key, control_domains(author.genesis)))
+    return OutboxEvent(event.name, event.subject, topic_of(event, author.topics), event.key, value)
+
+
+def _commit_event(header: Header, transactions: Sequence[Transaction], applied: Applied, evidence: Proof) -> Commit:
     kinds = Counter(transaction.kind for transaction in transactions)
     anomalies = [effect.id for receipt in applied.receipts for effect in receipt.effects if isinstance(effect, AnomalyEffect)]
     return Commit(
@@ -209,7 +231,7 @@ def _commit_event(header: Header, transactions: Sequence[Transaction], applied: 
     )
 
 
-def _commit_proof(evidence: _Evidence) -> bytes:
+def _commit_proof(evidence: Proof) -> bytes:
     """Return what shows that a quorum committed the block: the headers from it on and the certificate, canonical JSON."""
     certificate = evidence.certificate
     body = {

@@ -43,3 +43,13 @@ def test_a_long_queue_in_either_order_is_no_deep_recursion() -> None:
             schedule = schedule.added(Due(number, 1, b""))
         assert schedule.first() == Due(min(numbers), 1, b"")
         assert len(drained(schedule)) == 20_000
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.binary(max_size=2))), st.integers(0, 6))
+def test_entries_added_together_come_out_as_if_added_one_by_one(items: list[tuple[int, int, bytes]], cut: int) -> None:
+    dues = [Due(*item) for item in items]
+    together = Schedule().added_all(dues[:cut]).added_all(dues[cut:])
+    singly = Schedule()
+    for due in dues:
+        singly = singly.added(due)
+    assert drained(together) == drained(singly) == sorted(dues)
