@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 ED25519 = "Ed25519"
 KIB = 1024
 MIB = 1024 * KIB
+GIB = 1024 * MIB
 
 
 class MessageType(enum.StrEnum):

@@ -37,6 +37,7 @@ METRICS: Mapping[str, Metric] = {
     "validator_admitted_total": Metric("Messages admitted.", is_total=True),
     "validator_duplicates_total": Metric("Messages that were known already.", is_total=True),
     "validator_refused_total": Metric("Messages refused.", is_total=True),
+    "validator_dead_letters_left_out_total": Metric("Refused messages of a flood that got no dead letter.", is_total=True),
     "validator_equivocations_total": Metric("Proofs that a validator signed twice.", is_total=True),
     "validator_acks_total": Metric("Acks of agents stored.", is_total=True),
     "validator_peers_connected": Metric("Validators connected to this one.", is_total=False),

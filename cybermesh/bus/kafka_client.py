@@ -11,7 +11,9 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -190,7 +192,13 @@ def is_final(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> str:
-    """Return the error in one line."""
+    """Return the error in one line, without addresses: /ready shows it to anybody who asks."""
+    if isinstance(error, errors.KafkaConnectionError):
+        return "no broker can be reached"
+    if isinstance(error, socket.gaierror):
+        return f"a broker's name is not known: {error.strerror}"
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError | TimeoutError):
+        return f"no broker can be reached: {os.strerror(error.errno)}" if error.errno else "no broker can be reached"
     return str(error).strip() or type(error).__name__
 
 

@@ -68,6 +68,41 @@ def idle(
 
 
 @app.command()
+def admission(
+    messages: Annotated[int, typer.Option(min=10_000, max=1_000_000, help="Messages of one measurement.")] = 20_000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often the measurements take turns.")] = 3,
+    kafka: Annotated[str, typer.Option(metavar="HOST:PORT", help="Brokers to read from, too, without protection.")] = "",
+    as_json: output.JsonOption = False,
+) -> None:
+    """Measure how fast a validator takes messages in, beside bare verification of their signatures.
+
+    Example: make kafka, and in another terminal: cybermesh bench admission --kafka 127.0.0.1:PORT
+    """
+    if not kafka:
+        output.note("no --kafka HOST:PORT, so reading from Kafka is not measured; `make kafka` starts a broker")
+    parts = {"raw": ("raw", 1), "one": ("memory", 1), "two": ("memory", 2)} | ({"kafka": ("kafka", 2)} if kafka else {})
+    rates: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(rounds):
+        output.note(f"round {number + 1} of {rounds}")
+        for name, (part, cores) in parts.items():
+            told = _run("cybermesh.cli.bench_admission", part, str(messages), str(cores), kafka)
+            rates[name].append(told["per_s"])
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    result = {
+        "raw_verify_per_s_1core": round(medians["raw"]),
+        "admitted_per_s_1core": round(medians["one"]),
+        "admitted_per_s_2cores": round(medians["two"]),
+        "share_of_raw": round(medians["one"] / medians["raw"], 3),
+        "kafka_admitted_per_s": round(medians["kafka"]) if kafka else None,
+    }
+    if as_json:
+        output.emit_one(result)
+    else:
+        for name, value in result.items():
+            sys.stdout.write(f"{name:32} {value if value is not None else '-'}\n")
+
+
+@app.command()
 def flows(
     packets: Annotated[
         int, typer.Option(min=100_000, help="Packets of the usual capture, at least; the long one has two thirds.")
@@ -164,7 +199,11 @@ def _take_turns(capture: Path, rounds: int, *, compare: bool) -> _Rates:
 
 
 def _worker(what: str, capture: Path, times: int) -> dict[str, typing.Any]:
-    command = [sys.executable, "-m", "cybermesh.cli.bench_worker", what, str(capture), str(times)]
+    return _run("cybermesh.cli.bench_worker", what, str(capture), str(times))
+
+
+def _run(module: str, what: str, *arguments: str) -> dict[str, typing.Any]:
+    command = [sys.executable, "-m", module, what, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603 - our own module
     if done.returncode != 0:
         raise output.CommandError(f"measuring '{what}' failed with exit code {done.returncode}; its error is above")

@@ -17,7 +17,7 @@ OPERATOR_PRIORITY = 100
 FOLLOW_UP_PRIORITY = 9  # evidence and policies wait for nothing but their anomaly, so they do not queue behind later ones
 
 
-def pending(raw: bytes, message: SignedMessage) -> PendingTransaction:
+def pending(raw: bytes, message: SignedMessage, digest: bytes) -> PendingTransaction:
     """Return a verified transaction as the mempool wants it: operators first, then by severity."""
     match message:
         case OperatorCommand():
@@ -26,7 +26,7 @@ def pending(raw: bytes, message: SignedMessage) -> PendingTransaction:
             priority = message.severity
         case _:
             priority = FOLLOW_UP_PRIORITY
-    return PendingTransaction(tx_digest(raw), message.producer_id, priority, raw)
+    return PendingTransaction(digest, message.producer_id, priority, raw)
 
 
 class LedgerApplication:
@@ -64,7 +64,7 @@ class LedgerApplication:
         message = execution.would_admit(committed, transaction, now_ms)
         if message is None or not self.is_valid(transaction):
             return None
-        return pending(transaction, message)
+        return pending(transaction, message, tx_digest(transaction))
 
     def select(self, parent: State, context: BlockContext, candidates: Sequence[bytes]) -> Selection:
         """Return which candidates an honest proposer puts into this block, and which it gives up."""

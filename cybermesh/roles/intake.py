@@ -3,8 +3,11 @@
 Rules:
 
 - a message is acknowledged on the bus only when it is in the mempool journal, already committed, or a dead letter;
+- two stages work at once, one batch each: signatures are verified in threads while the batch before goes to the journal. The
+  order of deliveries is kept, so that of every producer is, too; nonces are looked at in that order;
 - who may sign is what the ledger's key ring said after the newest commit;
-- what cannot be done for now (store busy, mempool full) pauses the consumption of messages; nothing is dropped for it;
+- what cannot be done for now (store busy, disk slow, mempool full, dead letters not taken) pauses the consumption of messages;
+  nothing is dropped for it, and at most three batches are in memory;
 - the journal is read back as if it had come over the wire: a database is not trusted to hold what was put there.
 """
 
@@ -14,34 +17,53 @@ import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
+from typing import Final, Protocol
 
-from cybermesh.bus import Bus, Delivery, Subscription
+from cybermesh.bus import Bus, BusError, Delivery, Subscription
 from cybermesh.bus.topics import Topics
-from cybermesh.consensus.driver import Driver
 from cybermesh.consensus.mempool import Admission, PendingTransaction
 from cybermesh.envelope import LOCAL_CODES, Code, EnvelopeError
 from cybermesh.envelope.nonces import NonceTable
 from cybermesh.genesis import Genesis
-from cybermesh.ledger.state import State
+from cybermesh.keys import KeyRing
 from cybermesh.log import logger
-from cybermesh.messages import TxKind, tx_digest
+from cybermesh.messages import MIB, DeadLetter, TxKind, tx_digest
 from cybermesh.roles.application import LedgerApplication, pending
 from cybermesh.roles.clock import Clock
+from cybermesh.roles.dead_letters import Sampler, claimed_producer, with_count
 from cybermesh.roles.patience import Patience
 from cybermesh.roles.ring import admission_rules, key_ring
+from cybermesh.roles.verification import Checked, Terms, Verifier
 from cybermesh.store.records import JournaledTransaction
 from cybermesh.store.store import Store
 from cybermesh.wire import codec
-from cybermesh.wire.admission import Admitted, verify_on_wire, verify_transaction
+from cybermesh.wire.admission import Admitted, verify_transaction
 from cybermesh.wire.unsigned import make_dead_letter
 
-BATCH_MAX: Final = 512
+BATCH_MAX: Final = 1_024
+BATCH_BYTES_MAX: Final = 4 * MIB
+"""Of a batch; the message that passes it is still part of it."""
+
+
+class Proposer(Protocol):
+    """What the intake needs of the driver of consensus."""
+
+    def submit(self, transaction: PendingTransaction) -> Admission:
+        """Offer an admitted transaction; ``FULL`` asks the caller to wait for ``room``."""
+        ...
+
+    async def room(self) -> None:
+        """Return after the next commit, which may have made room."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the intake of one validator works with; ``name`` stands in dead letters and in the names of tasks."""
+    """What the intake of one validator works with; ``name`` stands in dead letters and in the names of tasks.
+
+    ``verify_threads`` is the number of threads that verify; None means one for each core.
+    """
 
     name: str
     group: str
@@ -49,6 +71,7 @@ class Surroundings:
     bus: Bus
     store: Store
     clock: Clock
+    verify_threads: int | None = None
 
 
 @dataclass(slots=True)
@@ -58,6 +81,42 @@ class MessageCounts:
     admitted: int = 0
     duplicates: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    letters_left_out: int = 0
+
+
+class _Arrived:
+    """The deliveries of the next batch, gathered while the one before is verified."""
+
+    def __init__(self) -> None:
+        self._gathered: list[Delivery] = []
+        self._size_bytes = 0
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+
+    async def gather(self, deliveries: Subscription) -> None:
+        """Take deliveries while there is room.
+
+        Raises:
+            BusError: the subscription ended, which nobody asked for.
+        """
+        async for delivery in deliveries:
+            self._gathered.append(delivery)
+            self._size_bytes += len(delivery.value)
+            self._wake.set()
+            while len(self._gathered) >= BATCH_MAX or self._size_bytes >= BATCH_BYTES_MAX:
+                self._room.clear()
+                await self._room.wait()
+        raise BusError("the subscription of the signed messages ended; a validator must not seem to listen")
+
+    async def take(self) -> list[Delivery]:
+        """Return whatever has arrived, at least one delivery."""
+        while not self._gathered:
+            self._wake.clear()
+            await self._wake.wait()
+        taken, self._gathered = self._gathered, []
+        self._size_bytes = 0
+        self._room.set()
+        return taken
 
 
 class Intake:
@@ -69,27 +128,25 @@ class Intake:
         self._patience = patience
         self._log = logger(role="validator", node=around.name)
         self._rules = admission_rules(genesis)
+        self._kinds = around.topics.of_transactions()
         self._nonces = NonceTable()
-        self.ring = key_ring(genesis)
+        self._sampler = Sampler()
+        self.ring: KeyRing = key_ring(genesis)
         self.counts = MessageCounts()
 
-    async def run(self, driver: Driver[State]) -> None:
+    async def run(self, proposer: Proposer) -> None:
         """Take messages in batches of whatever has arrived, so that one flush of the journal serves many of them."""
         around = self._around
-        await self._reload(driver)
-        arrived: asyncio.Queue[Delivery] = asyncio.Queue(BATCH_MAX)
-        topics = tuple(around.topics.of_transactions())
-        async with around.bus.subscribe(topics, around.group) as deliveries, asyncio.TaskGroup() as group:
-            group.create_task(_fill(arrived, deliveries), name=f"{around.name} arrivals")
-            while True:
-                batch = [await arrived.get()]
-                while not arrived.empty():
-                    batch.append(arrived.get_nowait())
-                await self._take(driver, batch)
-                for delivery in _newest(batch):
-                    await deliveries.ack(delivery)
+        await self._reload(proposer)
+        arrived, checked = _Arrived(), asyncio.Queue[list[Checked]](1)
+        with Verifier(around.verify_threads) as verifier:
+            async with around.bus.subscribe(tuple(self._kinds), around.group) as deliveries, asyncio.TaskGroup() as group:
+                group.create_task(arrived.gather(deliveries), name=f"{around.name} arrivals")
+                group.create_task(self._verify(verifier, arrived, checked), name=f"{around.name} verification")
+                while True:
+                    await self._keep(proposer, deliveries, await checked.get())
 
-    async def _reload(self, driver: Driver[State]) -> None:
+    async def _reload(self, proposer: Proposer) -> None:
         """Take up what was accepted before the last stop, and strike out what nobody can have accepted."""
         foreign = []
         for entry in await self._patience.until_done(self._around.store.mempool.load):
@@ -103,69 +160,102 @@ class Intake:
                 continue
             self._application.remember(entry.digest)
             self._nonces.record(message.pubkey, message.nonce, message.content_hash, entry.received_ms)
-            await _submit(driver, pending(entry.payload, message))
+            await self._submit(proposer, pending(entry.payload, message, entry.digest))
         await self._patience.until_done(lambda: self._around.store.mempool.remove(foreign))
 
-    async def _take(self, driver: Driver[State], batch: Sequence[Delivery]) -> None:
-        """Return when every message of the batch is journaled, known already, or a dead letter."""
+    async def _verify(self, verifier: Verifier, arrived: _Arrived, checked: asyncio.Queue[list[Checked]]) -> None:
+        while True:
+            batch = await arrived.take()
+            terms = Terms(self._kinds, self.ring, self._rules, self._around.clock.wall_ms())
+            await checked.put(await verifier.check(batch, terms))
+
+    async def _keep(self, proposer: Proposer, deliveries: Subscription, checked: Sequence[Checked]) -> None:
+        """Acknowledge a batch once every message of it is journaled, known already, or a dead letter."""
         now_ms = self._around.clock.wall_ms()
-        kinds = self._around.topics.of_transactions()
         fresh: dict[bytes, Admitted] = {}
-        for delivery in batch:
-            kind = kinds[delivery.topic]
+        refused: list[tuple[Delivery, EnvelopeError]] = []
+        for entry in checked:
+            outcome = entry.outcome
+            if isinstance(outcome, EnvelopeError):
+                refused.append((entry.delivery, outcome))
+                continue
+            message = outcome.message
             try:
-                admitted = verify_on_wire(kind, delivery.value, now_ms, self.ring, self._rules)
-                message = admitted.message
                 self._nonces.check(message.pubkey, message.nonce, message.content_hash, now_ms)
             except EnvelopeError as error:
-                await self._refuse(kind, delivery, error)
-            else:
-                # Before it is durable, so that a later message of this batch with the same nonce is noticed. Nothing is
-                # taken until the batch is in the journal, and a process that dies before forgets the nonces, too.
-                self._nonces.record(message.pubkey, message.nonce, message.content_hash, now_ms)
-                fresh[admitted.transaction.digest] = admitted
-        await self._admit(driver, fresh, now_ms)
+                refused.append((entry.delivery, error))
+                continue
+            # Before it is durable, so that a later message of this batch with the same nonce is noticed. Nothing is
+            # taken until the batch is in the journal, and a process that dies before forgets the nonces, too.
+            self._nonces.record(message.pubkey, message.nonce, message.content_hash, now_ms)
+            fresh[outcome.transaction.digest] = outcome
+        if refused:
+            await self._refuse(refused)
+        if fresh:
+            await self._admit(proposer, fresh, now_ms)
+        for delivery in _newest(checked):
+            await self._patience.until_done(partial(deliveries.ack, delivery))
 
-    async def _admit(self, driver: Driver[State], fresh: Mapping[bytes, Admitted], now_ms: int) -> None:
+    async def _admit(self, proposer: Proposer, fresh: Mapping[bytes, Admitted], now_ms: int) -> None:
         """Journal messages in one transaction, then offer them to consensus."""
-        if not fresh:
-            return
         entries = [JournaledTransaction(digest, entry.transaction.encode(), now_ms) for digest, entry in fresh.items()]
         await self._patience.until_done(lambda: self._around.store.mempool.add(entries))
         for entry, admitted in zip(entries, fresh.values(), strict=True):
             self._application.remember(entry.digest)
             self.counts.admitted += 1
-            await _submit(driver, pending(entry.payload, admitted.message))
+            await self._submit(proposer, pending(entry.payload, admitted.message, entry.digest))
 
-    async def _refuse(self, kind: TxKind, delivery: Delivery, error: EnvelopeError) -> None:
-        if error.code is Code.DUPLICATE or (error.code in LOCAL_CODES and await self._is_committed(kind, delivery)):
-            self.counts.duplicates += 1
+    async def _submit(self, proposer: Proposer, transaction: PendingTransaction) -> None:
+        if proposer.submit(transaction) is not Admission.FULL:
             return
-        self.counts.refused[error.code] += 1
-        self._log.warning("message_refused", topic=delivery.topic, offset=delivery.offset, code=error.code, reason=error.text)
-        dead_letters = self._around.topics.ai_dlq
-        if dead_letters:
+        with self._patience.waiting("the mempool is full; messages are taken again when blocks have made room"):
+            while proposer.submit(transaction) is Admission.FULL:
+                await proposer.room()
+
+    async def _refuse(self, refused: Sequence[tuple[Delivery, EnvelopeError]]) -> None:
+        """Make dead letters of what is neither a repetition nor in a block already; return when the bus has them."""
+        committed = await self._committed(refused)
+        now_ms = self._around.clock.wall_ms()
+        letters = []
+        for delivery, error in refused:
+            if error.code is Code.DUPLICATE or self._digest(delivery) in committed:
+                self.counts.duplicates += 1
+                continue
+            self.counts.refused[error.code] += 1
+            producer = claimed_producer(self._kinds[delivery.topic], delivery.value, self.ring)
+            left_out = self._sampler.take(producer, error.code, now_ms)
+            if left_out is None:
+                self.counts.letters_left_out += 1
+                continue
+            fault = with_count(error, left_out)
+            self._log.warning(
+                "message_refused", topic=delivery.topic, offset=delivery.offset, code=fault.code, reason=fault.text
+            )
             place = (delivery.topic, delivery.partition, delivery.offset)
-            letter = make_dead_letter(place, error, delivery.value, self._around.clock.wall_ms(), self._around.name)
-            bus, value = self._around.bus, codec.encode(letter)
-            await self._patience.until_done(lambda: bus.publish(dead_letters, letter.raw_sha256, value))
+            letters.append(make_dead_letter(place, fault, delivery.value, now_ms, self._around.name))
+        topic = self._around.topics.ai_dlq
+        if topic and letters:
+            await self._send(topic, letters)
 
-    async def _is_committed(self, kind: TxKind, delivery: Delivery) -> bool:
-        digest = tx_digest(bytes((kind,)) + delivery.value)
-        return bool(await self._patience.until_done(lambda: self._around.store.mempool.committed([digest])))
+    async def _send(self, topic: str, letters: Sequence[DeadLetter]) -> None:
+        bus = self._around.bus
+        async with asyncio.TaskGroup() as group:
+            for letter in letters:
+                publish = partial(bus.publish, topic, letter.raw_sha256, codec.encode(letter))
+                group.create_task(self._patience.until_done(publish), name=f"{self._around.name} dead letter")
+
+    async def _committed(self, refused: Sequence[tuple[Delivery, EnvelopeError]]) -> frozenset[bytes]:
+        """Return which messages that this node would refuse by its clock or its lists are in a block already."""
+        digests = [self._digest(delivery) for delivery, error in refused if error.code in LOCAL_CODES]
+        if not digests:
+            return frozenset()
+        return await self._patience.until_done(lambda: self._around.store.mempool.committed(digests))
+
+    def _digest(self, delivery: Delivery) -> bytes:
+        kind: TxKind = self._kinds[delivery.topic]
+        return tx_digest(bytes((kind,)) + delivery.value)
 
 
-async def _submit(driver: Driver[State], transaction: PendingTransaction) -> None:
-    while driver.submit(transaction) is Admission.FULL:
-        await driver.room()
-
-
-async def _fill(arrived: asyncio.Queue[Delivery], deliveries: Subscription) -> None:
-    """Hand deliveries over; waits while the batch in work leaves no room."""
-    async for delivery in deliveries:
-        await arrived.put(delivery)
-
-
-def _newest(batch: Sequence[Delivery]) -> list[Delivery]:
+def _newest(checked: Sequence[Checked]) -> list[Delivery]:
     """Return the last delivery of each partition: acknowledging it acknowledges those before it."""
-    return list({(delivery.topic, delivery.partition): delivery for delivery in batch}.values())
+    return list({(entry.delivery.topic, entry.delivery.partition): entry.delivery for entry in checked}.values())

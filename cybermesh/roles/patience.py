@@ -6,8 +6,9 @@ Nothing is dropped for such a failure; whoever waits here takes nothing new, whi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final, TypeVar
 
 import structlog
@@ -32,6 +33,17 @@ class Patience:
     def problem(self) -> str | None:
         """What the role has waited for longest, None while it waits for nothing."""
         return next(iter(self._reasons.values()), None)
+
+    @contextlib.contextmanager
+    def waiting(self, reason: str) -> Iterator[None]:
+        """Say what the block waits for, if it has to."""
+        place = object()
+        self._reasons[place] = reason
+        self._log.warning("waiting", reason=reason)
+        try:
+            yield
+        finally:
+            del self._reasons[place]
 
     async def until_done(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do the work, after every failure that passes by itself once more, with a capped pause."""

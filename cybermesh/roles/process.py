@@ -95,7 +95,7 @@ async def run(settings: Settings, roles: Sequence[Role]) -> None:
         bus = await stack.enter_async_context(open_bus(settings))
         context = _Context(settings, genesis, bus, topics)
         running = [await _make(role, context, stack) for role in roles]
-        await _until_signal(running, settings)
+        await _until_signal(running, settings, bus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +125,18 @@ class _Running:
         return found
 
 
-async def _until_signal(running: Sequence[_Running], settings: Settings) -> None:
+async def _until_signal(running: Sequence[_Running], settings: Settings, bus: Bus) -> None:
     """Run everything in one task group; a signal ends it in an orderly way."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     probes = Probes(
-        problems=lambda: {entry.name.value: entry.problem() for entry in running if entry.problem()},
+        problems=lambda: {
+            name: problem
+            for name, problem in (("bus", bus.trouble), *((entry.name.value, entry.problem()) for entry in running))
+            if problem
+        },
         figures=lambda: {name: value for entry in running for name, value in entry.figures().items()},
     )
     async with asyncio.TaskGroup() as group:

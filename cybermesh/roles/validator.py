@@ -145,6 +145,7 @@ class ValidatorRole:
             "validator_admitted_total": self.messages.admitted,
             "validator_duplicates_total": self.messages.duplicates,
             "validator_refused_total": self.messages.refused.total(),
+            "validator_dead_letters_left_out_total": self.messages.letters_left_out,
             "validator_acks_total": self.counts.acks,
             "validator_equivocations_total": self.counts.equivocations,
         }
@@ -275,7 +276,7 @@ class ValidatorRole:
                 body=delivery.value,
             )
             self.counts.acks += await self._patience.until_done(lambda: self._parts.store.feedback.add_ack(row))
-        await deliveries.ack(delivery)
+        await self._patience.until_done(lambda: deliveries.ack(delivery))
 
     # Commits out
 

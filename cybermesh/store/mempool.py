@@ -7,6 +7,7 @@ so one is never in neither place. The mempool's own bounds are consensus' busine
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -17,6 +18,11 @@ from cybermesh.store.queries import fetch, select_records, values_of
 from cybermesh.store.records import JournaledTransaction
 
 _LOOKUP_MAX = 500
+_ADD_EMBEDDED = """
+INSERT INTO mempool (digest, payload, received_ms)
+SELECT ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM transactions WHERE digest = ?)
+ON CONFLICT DO NOTHING
+"""
 
 
 class MempoolJournal:
@@ -34,13 +40,9 @@ class MempoolJournal:
         if not transactions:
             return
 
-        async def work(connection: AsyncConnection) -> None:
-            known = await _committed(connection, [entry.digest for entry in transactions])
-            rows = values_of(entry for entry in transactions if entry.digest not in known)
-            if rows:
-                await connection.execute(insert_new(connection, tables.mempool), rows)
-
-        await self._database.write(work)
+        await self._database.write(
+            partial(_add_embedded if self._database.is_embedded else _add_remote, transactions=transactions)
+        )
 
     async def remove(self, digests: Sequence[bytes]) -> None:
         """Forget transactions that this node has given up (committed ones go with their block).
@@ -73,6 +75,19 @@ class MempoolJournal:
             StoreUnavailable: the database cannot be read now.
         """
         return await self._database.read(lambda connection: _committed(connection, digests))
+
+
+async def _add_embedded(connection: AsyncConnection, transactions: Sequence[JournaledTransaction]) -> None:
+    # Past SQLAlchemy's compiler, which would take longer than the database: this statement runs for every message.
+    rows = [(entry.digest, entry.payload, entry.received_ms, entry.digest) for entry in transactions]
+    await connection.exec_driver_sql(_ADD_EMBEDDED, rows)
+
+
+async def _add_remote(connection: AsyncConnection, transactions: Sequence[JournaledTransaction]) -> None:
+    known = await _committed(connection, [entry.digest for entry in transactions])
+    rows = values_of(entry for entry in transactions if entry.digest not in known)
+    if rows:
+        await connection.execute(insert_new(connection, tables.mempool), rows)
 
 
 async def _committed(connection: AsyncConnection, digests: Sequence[bytes]) -> frozenset[bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cybermesh.cli import bench_capture, bench_worker, main
+from cybermesh.cli import bench, bench_admission, bench_capture, bench_worker, main
 from cybermesh.cli.bench import _Rates, _result
 from cybermesh.telemetry import metering
 from cybermesh.telemetry.features import COLUMN
@@ -93,3 +93,24 @@ def test_live_without_root_is_one_clear_line(
         main(["bench", "live", "--packets", "10000", "--dir", str(tmp_path)])
     assert ended.value.code == 1
     assert "needs root" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["raw", "memory"])
+async def test_admission_is_measured_as_messages_in_a_second(part: str) -> None:
+    assert await bench_admission.measure(part, 4_000, 2, "") > 100
+
+
+def test_admission_gives_medians_and_what_share_of_bare_verification_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {("raw", "1"): 1_000.0, ("memory", "1"): 800.0, ("memory", "2"): 1_500.0}
+    monkeypatch.setattr(bench, "_run", lambda _module, part, _count, cores, _brokers: {"per_s": told[part, cores]})
+    with pytest.raises(SystemExit):
+        main(["bench", "admission", "--json"])
+    assert json.loads(capsys.readouterr().out) == {
+        "raw_verify_per_s_1core": 1000,
+        "admitted_per_s_1core": 800,
+        "admitted_per_s_2cores": 1500,
+        "share_of_raw": 0.8,
+        "kafka_admitted_per_s": None,
+    }
