@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+SEED ?= $(shell date +%Y%m%d)
 
 .PHONY: setup demo test check proto web kafka bench nightly
 
@@ -51,3 +52,6 @@ bench: $(STAMP)
 nightly: $(STAMP)
 	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest
 	@$(BIN)/cybermesh simulate --scenarios 200000 --seed 1 --validators 4
+	@for target in decoder pcap pcapng; do \
+		$(BIN)/python -m tests.fuzz.campaign $$target --seconds 600 --seed $(SEED) --corpus ../shared/data/pcaps || exit 1; \
+	done

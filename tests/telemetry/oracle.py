@@ -69,10 +69,12 @@ def read_pcapng(data: bytes) -> list[tuple[int, int, bytes, int]]:
     at, order, interfaces, records = 0, "<", [], []
     while at + 12 <= len(data):
         if data[at : at + 4] == b"\x0a\x0d\x0d\x0a":
+            if data[at + 8 : at + 12] not in (b"\x4d\x3c\x2b\x1a", b"\x1a\x2b\x3c\x4d"):
+                break
             order = "<" if data[at + 8 : at + 12] == b"\x4d\x3c\x2b\x1a" else ">"
             interfaces = []
         kind, total = struct.unpack(order + "II", data[at : at + 8])
-        if total < 12 or total % 4 or at + total > len(data):
+        if total < {0x0A0D0D0A: 28, 1: 20, 2: 32, 3: 16, 6: 32}.get(kind, 12) or total % 4 or at + total > len(data):
             break
         body = data[at + 8 : at + total - 4]
         if kind == 1:
@@ -97,9 +99,9 @@ def read_interface(body: bytes, order: str) -> tuple[int, int, int]:
         value = body[at + 4 : at + 4 + length]
         if code == 0 or len(value) < length:
             break
-        if code == 9:
+        if code == 9 and length == 1:
             per_second = 2 ** (value[0] & 127) if value[0] & 128 else 10 ** value[0]
-        elif code == 14:
+        elif code == 14 and length == 8:
             offset = struct.unpack(order + "q", value)[0]
         at += 4 + length + -length % 4
     return link, per_second, offset

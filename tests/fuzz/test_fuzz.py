@@ -1,0 +1,37 @@
+"""The fuzzing campaigns, each for some seconds, and what they would notice. ``make nightly`` runs them for ten minutes each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, SHARED
+from tests.fuzz.targets import TARGETS
+
+SECONDS = "10"
+
+
+def campaign(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.fuzz.campaign", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_no_case_crashes_hangs_or_makes_memory_grow(target: str) -> None:
+    done = campaign(target, "--seconds", SECONDS, "--seed", "1", "--corpus", str(SHARED / "data" / "pcaps"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cases"] >= 100
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [("crash", "IndexError: found; see it again with --seed 3 --case"), ("hang", "Timeout"), ("growth", "memory grew")],
+)
+def test_a_campaign_notices_what_it_looks_for(target: str, says: str) -> None:
+    done = campaign(target, "--seconds", "1", "--seed", "3", "--hang-seconds", "2")
+    assert done.returncode != 0
+    assert says in done.stderr
