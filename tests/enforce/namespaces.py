@@ -1,4 +1,4 @@
-"""Network namespaces for tests with real packets: a host with an attacker on one link and a bystander on another.
+"""Network namespaces for tests with real packets: a host with an attacker, a bystander and a container on a link each.
 
 Code runs "inside" a namespace in a thread of its own, so that sockets and threads made there belong to it and no process has to
 be started for a packet.
@@ -24,6 +24,7 @@ HOST = {4: "10.77.1.1", 6: "fd77:1::1"}
 ATTACKER = {4: "10.77.1.66", 6: "fd77:1::66"}
 HARMLESS = "10.77.1.7"  # a neighbour of the attacker, on the same link
 BYSTANDER = {4: "10.77.2.5", 6: "fd77:2::5"}
+CONTAINER = {4: "10.77.3.8", 6: "fd77:3::8"}
 _CLONE_NEWNET = 0x4000_0000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -42,21 +43,23 @@ class Lab:
     host: str
     attacker: str
     bystander: str
+    container: str
 
 
 @contextlib.contextmanager
 def lab() -> Iterator[Lab]:
     """Make the namespaces, and remove them whatever happens."""
     tag = f"cme{os.getpid() % 100_000}"
-    names = Lab(f"{tag}h", f"{tag}a", f"{tag}b")
+    names = Lab(f"{tag}h", f"{tag}a", f"{tag}b", f"{tag}c")
     made: list[str] = []
     try:
-        for name in (names.host, names.attacker, names.bystander):
+        for name in (names.host, names.attacker, names.bystander, names.container):
             command("ip", "netns", "add", name)
             made.append(name)
             command("ip", "-n", name, "link", "set", "lo", "up")
         _link(names.host, names.attacker, "1", ATTACKER)
         _link(names.host, names.bystander, "2", BYSTANDER)
+        _link(names.host, names.container, "3", CONTAINER)
         yield names
     finally:
         for name in made:
