@@ -52,7 +52,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
-    """What a reconciliation found: ``drift`` elements that others had changed, ``damage`` that needed a rebuild.
+    """What a reconciliation found: ``drift`` counts what others had changed, ``damage`` names what of it needed a rebuild.
 
     ``released`` counts decisions that were held and are installed now, ``withdrawn`` those whose address has become protected;
     ``problem`` says why the firewall is not as it should be, "" if it is.
@@ -378,7 +378,7 @@ class Enforcer:
         try:
             await self._installer.leave_nothing_behind()
             finding = await self._installer.check(self._book.desired)
-            drift, damage = finding.drift, finding.damage
+            drift, damage = finding.drift + len(finding.damage), finding.damage
         except (BackendError, LaneFullError) as fault:
             self._trouble = str(fault)
         self._drift_total += drift
