@@ -2,7 +2,8 @@
 
 An alert is reported when it begins and when it escalates: the severity rises, it becomes a distributed one, its confidence
 reaches the level of a policy for the first time, or its count is ten times the one last reported. After ``quiet_s`` seconds of
-packet time without a verdict the matter has ended, and what follows is a new alert. The number of open alerts is bounded; the
+packet time without a verdict the matter has ended, and what follows is a new alert; so it is after time stepped back by more
+than an hour (the clock was set, or another input is older). The number of open alerts is bounded; the
 one longest without a verdict makes room, counted.
 """
 
@@ -17,6 +18,8 @@ QUIET_S = 300
 OPEN_MAX = 10_000
 VICTIMS_MAX = 16
 _GROWTH = 10
+_PAUSES = 3
+_STEP_US = 3_600_000_000
 _RANK = {"dos": 0, "ddos": 1}
 
 
@@ -59,12 +62,15 @@ class Alert:
     reported_confidence: float = 0.0
     reported_severity: int = 0
     reported_type: str = ""
+    proven: bool = False  # by any verdict so far
+    reported_proven: bool = False
     policy_put_off: bool = False  # its policy was refused by the rate limit and is still to be proposed
     tallies: dict[str, _Tally] = field(default_factory=dict)
 
     def fold(self, verdict: Verdict) -> None:
         """Take another verdict of the same matter."""
         self.first_us, self.last_us = min(self.first_us, verdict.first_us), max(self.last_us, verdict.last_us)
+        self.proven |= verdict.proven
         for engine, score in verdict.votes.items():
             self.votes[engine] = max(score, self.votes.get(engine, 0.0))
         if verdict.victim is not None and verdict.victim not in self.victims and len(self.victims) < VICTIMS_MAX:
@@ -102,7 +108,7 @@ class AlertBook:
     def fold(self, verdict: Verdict) -> tuple[Alert, bool]:
         """Fold a verdict in; return its alert, and whether that is to be reported now."""
         alert = self._alerts.pop(verdict.key, None)
-        if alert is None or verdict.first_us - alert.last_us > self._quiet_us:
+        if alert is None or self._is_over(alert, verdict):
             alert = Alert(verdict.key, verdict, verdict.first_us, verdict.last_us, verdict.last_us)
         self._alerts[verdict.key] = alert  # most recent last
         alert.fold(verdict)
@@ -111,6 +117,12 @@ class AlertBook:
             self.forgotten += 1
         return alert, self._is_due(alert)
 
+    def _is_over(self, alert: Alert, verdict: Verdict) -> bool:
+        # Who takes minutes between two tries is not done because he is silent for a few.
+        pace_us = (verdict.last_us - verdict.first_us) // max(1, verdict.count)
+        quiet_us = max(self._quiet_us, _PAUSES * pace_us)
+        return verdict.last_us - alert.last_us > quiet_us or alert.first_us - verdict.last_us > _STEP_US
+
     def _is_due(self, alert: Alert) -> bool:
         verdict, level = alert.verdict, self._policy_confidence
         return (
@@ -118,6 +130,7 @@ class AlertBook:
             or verdict.severity > alert.reported_severity
             or verdict.type != alert.reported_type
             or verdict.confidence >= level > alert.reported_confidence
+            or (verdict.confidence >= level and alert.proven and not alert.reported_proven)
             or alert.count >= _GROWTH * alert.reported_count
         )
 
@@ -126,3 +139,4 @@ class AlertBook:
         alert.revision += 1
         alert.reported_count, alert.reported_confidence = alert.count, alert.verdict.confidence
         alert.reported_severity, alert.reported_type = alert.verdict.severity, alert.verdict.type
+        alert.reported_proven = alert.proven

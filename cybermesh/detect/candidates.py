@@ -3,8 +3,9 @@
 Rules:
 1. Only severity >= 8 with confidence >= .9, and never an address that is no unicast host's or that the site excludes. A
    classifier knows one network and may be wrong about another, so without another engine's vote it proposes nothing.
-2. An accused that completed handshakes, or that needs answers, is blocked by its address. Where sources may be forged, the
-   victim's port is rate limited instead: nobody is blocked for a packet that somebody else sent.
+2. An accused is blocked by its address only if that cannot be forged: it completed handshakes, or acted on the answers it got
+   (a rule's ``proof``). A flood's victim has its port rate limited instead; any other unproven accusation is an alert without a
+   policy. Nobody is blocked for a packet that somebody else sent.
 3. Always hosts, so never wider than /24 or /64; the policy carries that limit for whoever reads it.
 4. A target is proposed once per type of attack, and again at the earliest ``cooldown_s`` after the last proposal and when
    that has run out; a repeat offender's time is four times the last, up to a day.
@@ -53,6 +54,7 @@ class Candidates:
     def __init__(self, rules: CandidateRules, excluded: Sequence[Network] = ()) -> None:
         self.rules = rules
         self.refused_targets = 0
+        self.unproven = 0  # accusations that a forger could have caused
         self._limit = RateLimit(rules.rate_per_s)
         self._excluded = (*(network for _, network in UNBLOCKABLE), *excluded)
         self._proposed: dict[str, _Proposed] = {}
@@ -72,6 +74,9 @@ class Candidates:
         if verdict.severity < self.rules.severity or verdict.confidence < self.rules.confidence:
             return None
         if not self.rules.witnesses & verdict.votes.keys():
+            return None
+        if not verdict.spoofable and not alert.proven:
+            self.unproven += 1
             return None
         target = verdict.victim if verdict.spoofable else verdict.entity
         if target is None or not self._is_allowed(target):

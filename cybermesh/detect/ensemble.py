@@ -35,6 +35,7 @@ class Verdict:
     confidence: float
     threshold: float
     spoofable: bool
+    proven: bool
     first_us: int
     last_us: int
     count: int
@@ -87,6 +88,7 @@ class Ensemble:
             confidence=confidence,
             threshold=threshold,
             spoofable=any(finding.spoofable for finding in ordered),
+            proven=any(finding.proven for finding in ordered),
             first_us=min(finding.first_us for finding in ordered),
             last_us=max(finding.last_us for finding in ordered),
             count=max(finding.count for finding in ordered),

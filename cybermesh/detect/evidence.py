@@ -59,6 +59,7 @@ def make(alert: Alert, rules: RuleSet | None, model_digest: str) -> dict[str, ob
         "threshold_ppm": _ppm(verdict.threshold),
         "votes_ppm": {engine: _ppm(score) for engine, score in sorted(verdict.votes.items())},
         "spoofable": verdict.spoofable,
+        "proven": alert.proven,
         "first_us": alert.first_us,
         "last_us": alert.last_us,
         "decisive_us": alert.decisive_us,

@@ -14,7 +14,7 @@ from cybermesh.detect.detector import Detection, Detector, Limits
 from cybermesh.detect.engines import Engine
 from cybermesh.detect.engines.rule_file import RuleSet
 from cybermesh.detect.engines.rules import RuleEngine
-from cybermesh.detect.engines.statistics import METRICS, StatisticsEngine
+from cybermesh.detect.engines.statistics import METRICS, WINDOW_S, StatisticsEngine
 from cybermesh.detect.ensemble import Ensemble
 from cybermesh.telemetry.dns import DnsBatch
 from cybermesh.telemetry.events import EventBatch
@@ -24,8 +24,6 @@ from cybermesh.telemetry.sources import Batch
 from cybermesh.telemetry.windows import EVENT_COUNTS, Scope, WindowBatch
 from cybermesh.telemetry.windows_reports import EventWindows, FlowWindows
 from cybermesh.telemetry.windows_sliding import SlidingWindows
-
-STATISTICS_WINDOW_S = {Scope.DESTINATION: 10, Scope.SOURCE: 60}
 
 
 class Meter(Protocol):
@@ -146,5 +144,5 @@ def wanted(rules: RuleSet) -> Mapping[Scope, tuple[int, ...]]:
     """Return the window lengths that the rules and the statistics engine read, per scope."""
     lengths = {scope: set(seconds) for scope, seconds in rules.wanted().items()}
     for metric in METRICS:
-        lengths.setdefault(metric.scope, set()).add(STATISTICS_WINDOW_S[metric.scope])
+        lengths.setdefault(metric.scope, set()).add(WINDOW_S[metric.scope])
     return {scope: tuple(sorted(seconds)) for scope, seconds in sorted(lengths.items())}

@@ -57,9 +57,14 @@ COUNTS = (
     "web_requests",
     "web_errors",  # of these, answered by a status of 400 or more
     "web_refused",  # of these, answered by 401 or 403
+    "web_logins",  # requests that send something to a path named like a login form
+    "web_exploits",  # requests that carry a known attack pattern (telemetry.web_requests)
+    "data_out",  # TCP packets with payload
+    "data_in",
+    "unasked",  # UDP packets to somebody who sent none in that conversation: answers to a question nobody asked
 )
 
-EVENT_COUNTS = frozenset({"login_successes", "web_requests", "web_errors", "web_refused"})  # no packet tells them
+EVENT_COUNTS = frozenset({"login_successes"})  # no packet tells it
 
 # Derived when a row is emitted.
 DERIVED = (
@@ -75,6 +80,9 @@ DERIVED = (
     "port_share",  # share of the packets that go to the most used port, 0-1
     "peer_share",  # share of the packets of the most active counterpart, 0-1
     "span_s",  # seconds between the first and the last packet in the window
+    "open",  # connections established in the window and not ended in it
+    "protocols",  # distinct IP protocols attempted besides TCP, UDP and ICMP
+    "company",  # other sources that try about as many ports of the same destination, mostly in vain (PAIR only): decoys
 )
 
 NAMES = COUNTS + DERIVED

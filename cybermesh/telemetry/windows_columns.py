@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from cybermesh.telemetry import packets
 from cybermesh.telemetry.packets import PacketBatch
+from cybermesh.telemetry.web_requests import web_marks
 from cybermesh.telemetry.windows import Service
 
 _Quoted: TypeAlias = tuple[
@@ -60,6 +61,7 @@ class Columns:
     wire: npt.NDArray[np.int64]
     payload: npt.NDArray[np.int64]
     mark: npt.NDArray[np.uint8]
+    web: npt.NDArray[np.uint8]  # web_requests.Web
     unreachable: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
@@ -77,8 +79,8 @@ def joined(parts: list[Columns]) -> Columns:
     return Columns(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Columns)))
 
 
-def columns(batch: PacketBatch, hop: npt.NDArray[np.int64]) -> Columns:
-    """Copy what the windows need of a batch, and read its payloads."""
+def columns(batch: PacketBatch, hop: npt.NDArray[np.int64], ts_us: npt.NDArray[np.int64]) -> Columns:
+    """Copy what the windows need of a batch whose times are ``ts_us``, and read its payloads."""
     src, dst = batch.src.copy(), batch.dst.copy()
     sport, dport = batch.sport.copy(), batch.dport.copy()
     proto, klass, flags = batch.proto.copy(), batch.klass.copy(), batch.flags.copy()
@@ -95,7 +97,7 @@ def columns(batch: PacketBatch, hop: npt.NDArray[np.int64]) -> Columns:
             dport[kept] = np.where(with_ports, _be16(batch, ports_at), 0)
             flags[kept] = 0
     return Columns(
-        ts_us=batch.ts_us.copy(),
+        ts_us=ts_us.copy(),
         hop=hop,
         src=src,
         dst=dst,
@@ -108,6 +110,7 @@ def columns(batch: PacketBatch, hop: npt.NDArray[np.int64]) -> Columns:
         wire=batch.wire.astype(np.int64),
         payload=batch.payload.copy(),
         mark=_marks(batch),
+        web=web_marks(batch),
         unreachable=error,
     )
 

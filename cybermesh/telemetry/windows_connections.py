@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from cybermesh.telemetry import packets
 from cybermesh.telemetry.packets import ACK, FIN, RST, SYN
+from cybermesh.telemetry.web_requests import Web
 from cybermesh.telemetry.windows import COUNTS, Service
 from cybermesh.telemetry.windows_columns import LOGIN_FAILED, Columns
 from cybermesh.telemetry.windows_keys import Slots, as_bytes, group, grown
@@ -69,6 +70,7 @@ _STATE = np.dtype(
         ("refused", np.bool_),
         ("ended", np.bool_),
         ("heard", np.bool_),  # the responder sent something
+        ("asked", np.bool_),  # the initiator sent something
         ("stray", np.bool_),  # began with a bare ACK or FIN+ACK: an RST makes it a probe
         ("service", np.uint8),
         ("packets", np.int64),
@@ -156,6 +158,7 @@ class Connections:
         attempt = _tcp(state, grouped, out, counts)
         attempt |= _answers(state, grouped, out, counts)
         _greetings(state, grouped, out, counts)
+        _web(grouped, out, counts)
         _sessions(state, grouped, counts)
         state["last_hop"] = hop
         self._state[slots] = state
@@ -263,7 +266,13 @@ def _volumes(state: npt.NDArray[np.void], g: _Grouped, out: Bools, counts: npt.N
         ("unreachable", p.unreachable),
     ):
         counts[:, _AT[name]] = g.total(values)
+    carries = (p.klass == packets.TCP) & (p.payload > 0)
+    counts[:, _AT["data_out"]] = g.total(carries & out)
+    counts[:, _AT["data_in"]] = g.total(carries & ~out)
     state["packets"] += counts[:, _AT["packets_out"]] + counts[:, _AT["packets_in"]]
+    state["asked"] |= counts[:, _AT["packets_out"]] > 0
+    answers = (p.klass == packets.UDP) & ~out & ~p.unreachable
+    counts[:, _AT["unasked"]] = np.where(state["asked"], 0, g.total(answers))
     state["heard"] |= counts[:, _AT["packets_in"]] > 0
     state["payload_out"] += counts[:, _AT["payload_out"]]
     state["payload_in"] += counts[:, _AT["payload_in"]]
@@ -315,7 +324,8 @@ def _answers(state: npt.NDArray[np.void], g: _Grouped, out: Bools, counts: npt.N
     echo = (klass == packets.ICMP) & g.any(out & np.isin(p.icmp_type, (8, 128)) & ~p.unreachable)
     sent = counts[:, _AT["packets_out"]] > 0
     answered_now = counts[:, _AT["packets_in"]] > counts[:, _AT["unreachable"]]
-    begins = ~state["opened"] & (((klass == packets.UDP) & sent) | echo)
+    other = (klass == packets.OTHER) & sent
+    begins = ~state["opened"] & (((klass == packets.UDP) & sent) | other | echo)
     state["opened"] |= begins
     loose = (klass == packets.UDP) | (klass == packets.ICMP)
     answered = loose & state["opened"] & ~state["answered"] & answered_now
@@ -343,6 +353,21 @@ def _greetings(state: npt.NDArray[np.void], g: _Grouped, out: Bools, counts: npt
     state["service"] = np.where((named > 0) & ~mail, named, state["service"])
     service = state["service"][g.group_of]
     counts[:, _AT["login_failures"]] = g.total(failed & ~out & ((mark & ~np.uint8(LOGIN_FAILED)) == service))
+
+
+def _web(g: _Grouped, out: Bools, counts: npt.NDArray[np.int64]) -> None:
+    """Count what is asked of a web server in clear text, and how it answers."""
+    web = g.packets.web
+    if not web.any():
+        return
+    for name, mark, sent in (
+        ("web_requests", Web.REQUEST, out),
+        ("web_logins", Web.LOGIN, out),
+        ("web_exploits", Web.EXPLOIT, out),
+        ("web_errors", Web.ERROR, ~out),
+        ("web_refused", Web.REFUSED, ~out),
+    ):
+        counts[:, _AT[name]] = g.total(((web & mark) != 0) & sent)
 
 
 def _sessions(state: npt.NDArray[np.void], g: _Grouped, counts: npt.NDArray[np.int64]) -> None:

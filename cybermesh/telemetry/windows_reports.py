@@ -22,6 +22,7 @@ from cybermesh.telemetry import packets
 from cybermesh.telemetry.events import EventBatch, EventKind, Outcome
 from cybermesh.telemetry.features import COLUMN as FEATURE
 from cybermesh.telemetry.flows import FlowBatch
+from cybermesh.telemetry.web_requests import Web, request_mark
 from cybermesh.telemetry.windows import COLUMN, COUNTS, NAMES, Scope, WindowBatch
 from cybermesh.telemetry.windows_connections import SHORT_SESSION_BYTES, SHORT_SESSION_US, Rows, service_of
 from cybermesh.telemetry.windows_rows import KINDS, window_rows
@@ -38,8 +39,17 @@ _FLOW_COUNTS: tuple[str, ...] = ("packets_out", "packets_in", "tcp_opened", "tcp
 _FLOW_COUNTS += ("udp_opened", "udp_answered", "udp_out", "icmp_out", "echo_opened", "echo_answered")
 _FLOW_BYTES = ("payload_out", "payload_in", "sessions", "short_sessions", "empty_sessions")
 _FLOW_DERIVED: tuple[str, ...] = ("attempts", "unanswered", "half_open", "failed", "ports", "peers", "networks", "span_s")
-_FLOW_DERIVED += ("port_entropy", "peer_entropy", "port_share", "peer_share")
-_EVENT_KNOWN = ("login_failures", "login_successes", "web_requests", "web_errors", "web_refused", "span_s")
+_FLOW_DERIVED += ("port_entropy", "peer_entropy", "port_share", "peer_share", "company")
+_EVENT_KNOWN: tuple[str, ...] = (
+    "login_failures",
+    "login_successes",
+    "web_requests",
+    "web_errors",
+    "web_refused",
+    "web_logins",
+    "web_exploits",
+)
+_EVENT_KNOWN += ("established", "span_s")
 _ECHO_TYPES = (8, 128)  # requests of ICMP and ICMPv6
 
 
@@ -57,11 +67,12 @@ class _Tables:
         self._hop: int | None = None
         self._newest_us = 0
 
-    def hops(self, times_us: _I64) -> list[tuple[int, slice]]:
-        """Return the hops of times in order, each with its part of them."""
-        hops = self._timeline.hops(times_us)
+    def hops(self, times_us: _I64) -> tuple[list[tuple[int, slice]], _I64]:
+        """Return the hops of times in order, each with its part of them, and the times as far as they are believed."""
+        hops, believed = self._timeline.place(times_us)
         ends = [*(np.nonzero(np.diff(hops))[0] + 1).tolist(), len(hops)]
-        return [(int(hops[start]), slice(start, end)) for start, end in zip([0, *ends], ends, strict=False) if end > start]
+        parts = [(int(hops[start]), slice(start, end)) for start, end in zip([0, *ends], ends, strict=False) if end > start]
+        return parts, believed
 
     def enter(self, hop: int, newest_us: int) -> list[WindowBatch]:
         """Begin a hop; return the rows of the one that ended with it."""
@@ -110,7 +121,9 @@ class FlowWindows:
         if not all(flows.known[FEATURE[name]] for name in ("flow_duration", "totlen_fwd_pkts", "totlen_bwd_pkts")):
             self._tables.known[[COLUMN[name] for name in _FLOW_BYTES]] = False
         found: list[WindowBatch] = []
-        for hop, part in self._tables.hops(flows.end_us):
+        parts, end_us = self._tables.hops(flows.end_us)
+        flows = replace(flows, end_us=end_us, start_us=np.minimum(flows.start_us, end_us))
+        for hop, part in parts:
             chosen = flows.take(part)
             found += self._tables.enter(hop, int(chosen.end_us.max()))
             rows = _connections(chosen)
@@ -147,7 +160,9 @@ class EventWindows:
         if len(events) == 0:
             return []
         found: list[WindowBatch] = []
-        for hop, part in self._tables.hops(events.ts_us):
+        parts, ts_us = self._tables.hops(events.ts_us)
+        events = replace(events, ts_us=ts_us)
+        for hop, part in parts:
             chosen = events.take(part)
             found += self._tables.enter(hop, int(chosen.ts_us.max()))
             for scope, table in self._tables.tables.items():
@@ -227,14 +242,18 @@ def _event_additions(scope: Scope, events: EventBatch) -> Additions:
         if len(events):
             keys[:, _HOST] = np.stack([np.frombuffer(_host_digest(host), np.uint8) for host in events.host.tolist()])
     login, web = events.kind == EventKind.LOGIN, events.kind == EventKind.WEB
+    asked = np.array([request_mark(text.encode()) if is_web else 0 for text, is_web in zip(events.text, web, strict=True)], int)
     counts = np.zeros((len(events), len(COUNTS)), np.int64)
     for name, chosen in (
         ("packets_out", login | web),
+        ("established", login | web),  # who is in a service's log has shaken hands with it
         ("login_failures", login & (events.outcome == Outcome.FAILURE)),
         ("login_successes", login & (events.outcome == Outcome.SUCCESS)),
         ("web_requests", web),
         ("web_errors", web & (events.status >= 400)),
         ("web_refused", web & np.isin(events.status, (401, 403))),
+        ("web_logins", web & ((asked & Web.LOGIN) != 0)),
+        ("web_exploits", web & ((asked & Web.EXPLOIT) != 0)),
     ):
         counts[:, _AT[name]] = np.where(chosen, events.count, 0)
     nothing = np.zeros((len(events), 16), np.uint8)

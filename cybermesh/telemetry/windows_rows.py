@@ -19,6 +19,8 @@ KINDS: Mapping[Scope, tuple[str, ...]] = {  # the items each scope's table keeps
 }
 _CELL = 0x80
 _TCP, _UDP = 6, 17
+_USUAL = (1, _TCP, _UDP, 58)
+_COMPANY_PORTS = 5  # whoever tries fewer ports is not yet like a scanner
 
 
 def window_rows(table: SlidingTable, scope: Scope, window: int, slots: npt.NDArray[np.int64], end_us: int) -> WindowBatch:
@@ -42,7 +44,10 @@ def window_rows(table: SlidingTable, scope: Scope, window: int, slots: npt.NDArr
     known[[COLUMN[name] for name in EVENT_COUNTS]] = False
     for name in ("ports", "peers", "networks"):
         known[COLUMN[name]] = name in kinds
-    for name in ("port_entropy", "port_share"):
+    known[COLUMN["company"]] = scope is Scope.PAIR
+    if scope is Scope.PAIR:
+        _company(keys[:, 16:32], values)
+    for name in ("port_entropy", "port_share", "protocols"):
         known[COLUMN[name]] = "ports" in kinds
     for name in ("peer_entropy", "peer_share"):
         known[COLUMN[name]] = "peers" in kinds
@@ -77,10 +82,25 @@ def _derive(values: npt.NDArray[np.float64]) -> None:
     refused = total("refused")
     # An answer may be inside the window while its attempt has left it, so differences are floored.
     unanswered = np.maximum(attempts - answered - refused, 0)
+    values[:, COLUMN["open"]] = np.maximum(total("established") - total("sessions"), 0)
     values[:, COLUMN["attempts"]] = attempts
     values[:, COLUMN["unanswered"]] = unanswered
     values[:, COLUMN["half_open"]] = np.maximum(total("tcp_answered") - total("established"), 0)
     values[:, COLUMN["failed"]] = unanswered + refused
+
+
+def _company(destinations: npt.NDArray[np.uint8], values: npt.NDArray[np.float64]) -> None:
+    """Fill ``company``: who scans under decoys' addresses is one of several sources that do the same to one destination."""
+    ports, attempts, failed = (values[:, COLUMN[name]] for name in ("ports", "attempts", "failed"))
+    alike = np.nonzero((ports >= _COMPANY_PORTS) & (2 * (failed + values[:, COLUMN["half_open"]]) >= attempts))[0]
+    if len(alike) < 2:
+        return
+    _, group_of = np.unique(destinations[alike], axis=0, return_inverse=True)
+    for number in np.nonzero(np.bincount(group_of.reshape(-1)) >= 2)[0].tolist():
+        rows = alike[group_of.reshape(-1) == number]
+        sizes = np.sort(ports[rows])
+        near = np.searchsorted(sizes, 2 * ports[rows], "right") - np.searchsorted(sizes, ports[rows] / 2, "left")
+        values[rows, COLUMN["company"]] = near - 1
 
 
 def _items(
@@ -104,6 +124,8 @@ def _items(
             )
         counted = weights[:, 1] > 0
         if name == "ports":
+            unusual = exact & counted & (value_of[:, 0] == 0) & (value_of[:, 1] == 0) & ~np.isin(value_of[:, 2], _USUAL)
+            values[:, COLUMN["protocols"]] = np.bincount(row[unusual], minlength=len(slots))
             counted &= cell | (value_of[:, 2] == _TCP) | (value_of[:, 2] == _UDP)
         cells = np.minimum(np.bincount(row[counted & cell], minlength=len(slots)), SKETCH_CELLS - 1)
         sketched = np.round(-SKETCH_CELLS * np.log1p(-cells / SKETCH_CELLS))

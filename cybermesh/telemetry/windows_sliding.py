@@ -29,7 +29,7 @@ CHUNK = 8192
 CAPACITY = 32_768  # entities per scope
 ITEMS_MAX = 131_072  # per scope
 LOG_MAX = 1_000_000  # remembered numbers per scope, about 30 bytes each
-_PACKETS_OUT, _SYN = COUNTS.index("packets_out"), COUNTS.index("syn")
+_PACKETS_OUT, _SYN, _UNASKED = (COUNTS.index(name) for name in ("packets_out", "syn", "unasked"))
 
 
 class SlidingWindows:
@@ -75,7 +75,7 @@ class SlidingWindows:
         """Count a batch; return the rows of every hop that ended with it, in order; those of one hop have one ``end_us``."""
         if len(batch) == 0:
             return []
-        fresh = columns(batch, self._timeline.hops(batch.ts_us))
+        fresh = columns(batch, *self._timeline.place(batch.ts_us))
         ends = [*(np.nonzero(np.diff(fresh.hop))[0] + 1).tolist(), len(fresh)]
         out: list[WindowBatch] = []
         start = 0
@@ -177,7 +177,7 @@ def additions(scope: Scope, rows: Rows, chosen: npt.NDArray[np.intp]) -> Additio
         keys=_keys(scope, rows, chosen),
         items=tuple(values[kind] for kind in KINDS[scope]),
         attempts=np.maximum(rows.attempt[chosen], counts[:, _SYN] > 0),  # who sends its SYN again tries again
-        packets=counts[:, _PACKETS_OUT],
+        packets=counts[:, _PACKETS_OUT] + counts[:, _UNASKED],
         counts=counts,
         service=rows.service[chosen],
         first_us=rows.first_us[chosen],

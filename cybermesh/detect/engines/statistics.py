@@ -32,6 +32,9 @@ _SCORE_MAX = 0.9
 STATE_VERSION = 1
 
 
+WINDOW_S: Mapping[Scope, int] = {Scope.DESTINATION: 10, Scope.SOURCE: 60}
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """What is watched: a window count of a scope, the type it speaks for, and the count below which nobody cares."""
@@ -112,7 +115,7 @@ class StatisticsEngine:
     def score_windows(self, windows: WindowBatch) -> list[Finding]:
         """Judge each row against its entity's past, then learn it."""
         metrics = [metric for metric in METRICS if metric.scope is windows.scope and windows.known[COLUMN[metric.name]]]
-        if not metrics:
+        if not metrics or windows.window_s != WINDOW_S[windows.scope]:
             return []
         found: list[Finding] = []
         packed = windows.destination if windows.scope is Scope.DESTINATION else windows.source
