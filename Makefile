@@ -1,4 +1,4 @@
-# setup · demo · test · check · proto · web · kafka · bench · nightly
+# setup · demo · test · ladder · check · proto · web · kafka · bench · nightly
 SHELL := /bin/sh
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: setup demo test check proto web kafka bench nightly
+.PHONY: setup demo test ladder check proto web kafka bench nightly
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# The long rungs of consensus: 20,000 worlds with twins, 5,000 with Byzantine validators, a crash before every effect.
+ladder: $(STAMP)
+	@$(BIN)/python -m pytest -q -m ladder -n auto --maxprocesses 4 --dist worksteal tests/ladder $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check .
@@ -51,7 +55,9 @@ bench: $(STAMP)
 # Longer campaigns, run by hand; their figures go to docs/measurements.md with seed and commit.
 nightly: $(STAMP)
 	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest
-	@$(BIN)/cybermesh simulate --scenarios 200000 --seed 1 --validators 4
+	@$(BIN)/cybermesh simulate --scenarios 200000 --seed 1 --validators 4 --kind mixed
+	@$(BIN)/cybermesh simulate --scenarios 1000000 --seed 100000 --validators 4 --twins 1
+	@$(BIN)/cybermesh simulate --scenarios 100000 --seed 100000 --validators 4 --byzantine 1
 	@for target in decoder pcap pcapng; do \
 		$(BIN)/python -m tests.fuzz.campaign $$target --seconds 600 --seed $(SEED) --corpus ../shared/data/pcaps || exit 1; \
 	done

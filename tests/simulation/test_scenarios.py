@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from cybermesh.consensus.simulator.scenario import Result, Setup, run_scenario
+from cybermesh.consensus.simulator.draw import Setup
+from cybermesh.consensus.simulator.scenario import Result, run_scenario
+from cybermesh.consensus.simulator.shrink import shrink
 
 
 def failures(results: list[Result], setup: Setup) -> list[str]:
@@ -18,11 +20,11 @@ def failures(results: list[Result], setup: Setup) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_thousand_seeds_of_four_validators_stay_safe_and_recover():
+def test_a_thousand_seeds_of_four_validators_stay_safe_and_recover():
     setup = Setup(validators=4)
-    results = [run_scenario(seed, setup) for seed in range(2_000)]
+    results = [run_scenario(seed, setup) for seed in range(1_000)]
     assert failures(results, setup) == []
-    assert sum(result.commits for result in results) > 4 * 2_000
+    assert sum(result.commits for result in results) > 4 * 1_000
     assert max(result.recovery_ms for result in results) <= 5_000
 
 
@@ -35,6 +37,11 @@ def test_two_thousand_seeds_of_four_validators_stay_safe_and_recover():
         pytest.param(Setup(validators=5, twins=1), 100, id="five, one key on two machines"),
         pytest.param(Setup(validators=7, twins=2), 40, id="seven, two keys on two machines"),
         pytest.param(Setup(validators=13), 4, id="thirteen"),
+        pytest.param(Setup(validators=4, twins=1, kind="twins"), 200, id="twins that lead"),
+        pytest.param(Setup(validators=4, traitors=1, kind="byzantine"), 200, id="four, one traitor"),
+        pytest.param(Setup(validators=7, traitors=2, kind="byzantine"), 30, id="seven, two traitors"),
+        pytest.param(Setup(validators=7, twins=1, traitors=1), 30, id="seven, a twin and a traitor"),
+        pytest.param(Setup(kind="crash"), 30, id="old and lost safety files, full disks"),
     ],
 )
 def test_other_committees_stay_safe_and_recover(setup: Setup, seeds: int):
@@ -60,10 +67,29 @@ def test_a_quorum_of_three_in_five_forks_and_is_caught_with_its_timeline():
     assert forked.unsafe in again.timeline[-1]
 
 
+def test_a_failure_shrinks_to_a_plan_that_still_fails():
+    setup = Setup(validators=5, twins=1, quorum=3, kind="twins")
+    forked = next(seed for seed in range(400) if run_scenario(seed, setup).unsafe)
+    plan, result = shrink(forked, setup)
+    assert result.unsafe is not None
+    assert result.unsafe in result.timeline[-1]
+    assert plan.twins, "without a twin nobody votes twice"
+    assert len(plan.cuts) <= 6
+
+
+def test_too_many_twins_fork_and_their_signatures_convict_them():
+    for seed in range(5):
+        result = run_scenario(seed, Setup(validators=4, twins=2, kind="split"))
+        assert result.unsafe is not None
+        assert len(result.convicted) == 2
+
+
 def test_a_seed_gives_the_same_trace_in_every_process():
     program = (
-        "from cybermesh.consensus.simulator.scenario import Setup, run_scenario\n"
-        "print([run_scenario(seed, Setup(validators=5, twins=1)).trace_hash for seed in range(12)])"
+        "from cybermesh.consensus.simulator.draw import Setup\n"
+        "from cybermesh.consensus.simulator.scenario import run_scenario\n"
+        "print([run_scenario(seed, Setup(5, 1, 1, kind=kind)).trace_hash "
+        "for kind in ('mixed', 'twins', 'byzantine') for seed in range(4)])"
     )
     traces = set()
     for hash_seed in ("1", "2"):

@@ -24,6 +24,7 @@ class NodeOracle:
     """Watches one node, across its crashes."""
 
     name: str
+    is_retired: bool = False  # its safety file was lost, or is older than what the store has seen of its key
     committed: list[BlockHash] = field(default_factory=list)
     _votes: dict[Round, BlockHash] = field(default_factory=dict)
     _proposals: dict[Round, BlockHash] = field(default_factory=dict)
@@ -32,26 +33,37 @@ class NodeOracle:
     _last_timeout: int = 0
     _transactions: set[bytes] = field(default_factory=set)
 
-    def sent(self, message: Message, durable: SafetyRecord, has_block: bool) -> None:
-        """Check a message that leaves the node; ``has_block`` tells whether its journal holds the block it concerns."""
+    def sent(self, message: Message, durable: SafetyRecord, block: Block | None) -> None:
+        """Check a message that leaves the node; ``block`` is the one it concerns, None if the disk does not hold it."""
+        is_signed = isinstance(message, Vote | Timeout | Block)
+        self._require(not (self.is_retired and is_signed), "signs with an old safety file")
         match message:
             case Vote():
-                self._voted(message, durable, has_block)
+                self._voted(message, durable, block)
             case Timeout():
                 self._timed_out(message, durable)
             case Block():
-                self._proposed(message, durable, has_block)
+                self._proposed(message, durable, block is not None)
             case _:
                 pass
 
-    def _voted(self, vote: Vote, durable: SafetyRecord, has_block: bool) -> None:
+    def _voted(self, vote: Vote, durable: SafetyRecord, block: Block | None) -> None:
         first = self._votes.setdefault(vote.round, vote.block_hash)
         self._require(first == vote.block_hash, f"two votes in round {vote.round}")
         is_repetition = durable.last_vote == vote
         self._require(is_repetition or vote.round > self._last_timeout, f"vote in round {vote.round} after its timeout")
-        self._require(durable.last_voted_round >= vote.round and has_block, f"vote of round {vote.round} before its write")
+        self._require(
+            durable.last_voted_round >= vote.round and block is not None, f"vote of round {vote.round} before its write"
+        )
         self._require(durable.locked_round >= vote.parent_round, f"vote of round {vote.round} without its lock")
-        self._locked = max(self._locked, vote.parent_round)
+        if block is not None and block.qc.round + 1 != block.round:
+            reported = None if block.tc is None else [high for _, high, _ in block.tc.signatures]
+            self._require(
+                reported is not None and block.qc.round >= max(reported),
+                f"a vote in round {vote.round} for a block that leaves out what a timeout certificate reports",
+            )
+        self._require(durable.locked_round >= self._locked, f"a lock given up in round {vote.round}")
+        self._locked = max(self._locked, durable.locked_round)
 
     def _timed_out(self, timeout: Timeout, durable: SafetyRecord) -> None:
         first = self._timeouts.setdefault(timeout.round, timeout.high_qc.round)
@@ -78,6 +90,7 @@ class NodeOracle:
         )
         for each in commit.blocks:
             block = each.block
+            self._require(block.header.state_root == each.execution.state_root, f"another state than block {block.height} says")
             if not is_first_life and block.height <= len(self.committed):
                 self._require(self.committed[block.height - 1] == block.hash, f"another block at height {block.height}")
                 continue
@@ -96,8 +109,10 @@ class NodeOracle:
 
 @dataclass(slots=True)
 class Agreement:
-    """Watches all honest nodes together."""
+    """Watches all honest nodes together. A patient one notes the first ``fault`` and lets the world go on."""
 
+    is_patient: bool = False
+    fault: str | None = None
     chain: dict[int, tuple[BlockHash, bytes, str]] = field(default_factory=dict)
     _certified: dict[Round, BlockHash] = field(default_factory=dict)
 
@@ -105,7 +120,7 @@ class Agreement:
         """Check that a round has one certificate."""
         first = self._certified.setdefault(qc.round, qc.block_hash)
         if first != qc.block_hash:
-            raise ViolationError(f"round {qc.round} has two certificates")
+            self._blame(f"round {qc.round} has two certificates")
 
     def committed(self, name: str, commit: Commit[S]) -> None:
         """Check that honest nodes commit the same block and the same state at a height."""
@@ -114,4 +129,9 @@ class Agreement:
             here = (block.hash, each.execution.state_root)
             *there, other = self.chain.setdefault(block.height, (*here, name))
             if tuple(there) != here:
-                raise ViolationError(f"{name} and {other} committed different blocks at height {block.height}")
+                self._blame(f"{name} and {other} committed different blocks at height {block.height}")
+
+    def _blame(self, text: str) -> None:
+        if not self.is_patient:
+            raise ViolationError(text)
+        self.fault = self.fault or text

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from cybermesh.consensus.committee import Committee
-from cybermesh.consensus.pacemaker import Timing
+from cybermesh.consensus.forensics import charges, is_proven
+from cybermesh.consensus.simulator.draw import Setup, draw_plan
 from cybermesh.consensus.simulator.oracles import ViolationError
+from cybermesh.consensus.simulator.plan import Plan
 from cybermesh.consensus.simulator.tokens import make_keys
-from cybermesh.consensus.simulator.world import Partition, Plan, World
+from cybermesh.consensus.simulator.world import World
 
 _CHAIN_ID: Final = bytes(range(32))
 _HEAL_LIMIT_MS: Final = 20_000
 _PROGRESS_LIMIT_MS: Final = 5_000
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What is simulated; ``quorum`` overrides n - f and exists to show what a wrong one does."""
-
-    validators: int = 4
-    twins: int = 0
-    quorum: int | None = None
-    has_real_keys: bool = False
-
-
 @dataclass(slots=True)
 class Result:
     """The verdict on one seed: ``unsafe`` and ``stalled`` say what went wrong, None when nothing did.
 
-    ``recovery_ms`` is the time from healing to the first commit after it.
+    ``recovery_ms`` is the time from healing to the first commit after it, ``recovery_rounds`` how many rounds it took until all
+    that arrived after healing was committed by all; ``accused`` are the validators that evidence names, ``convicted``
+    those whose signatures in two conflicting chains prove them guilty (forensics.py).
     """
 
     seed: int
@@ -41,88 +35,94 @@ class Result:
     stalled: str | None
     events: int
     commits: int
+    effects: int
     recovery_ms: int
+    recovery_rounds: int
     held_max: int
+    accused: frozenset[int]
+    convicted: frozenset[int]
     trace_hash: str
     timeline: list[str] = field(default_factory=list)
 
-
-def draw_plan(rng: random.Random, setup: Setup) -> Plan:
-    """Draw how bad the world is."""
-    machines = setup.validators + setup.twins
-    heal_ms = rng.choice((600, 1_200, 2_000))
-    delay_max_ms = rng.choice((2, 5, 20, 60))
-    partitions = []
-    start_ms = rng.randrange(200)
-    while start_ms < heal_ms and rng.random() < 0.7:
-        end_ms = min(heal_ms, start_ms + rng.randrange(100, 800))
-        group_count = rng.choice((2, 2, 3))
-        groups = tuple(rng.randrange(group_count) for _ in range(machines))
-        partitions.append(Partition(start_ms, end_ms, groups))
-        start_ms = end_ms + rng.randrange(200)
-    arrivals = []
-    for number in range(rng.randrange(2, 6)):
-        learners = [position for position in range(machines) if rng.random() < 0.8] or [0]
-        text = b"alarm %d" % rng.randrange(50, 3_000) if rng.random() < 0.2 else b"before %d" % number
-        arrivals.append((rng.randrange(heal_ms), tuple(learners), text))
-    # What arrives after healing must be committed by everybody: that is the test of liveness.
-    for number in range(2):
-        learner = rng.randrange(machines)
-        arrivals.append((heal_ms + 1 + 40 * number, (learner,), b"after %d" % number))
-    return Plan(
-        heal_ms=heal_ms,
-        delay_min_ms=1,
-        delay_max_ms=delay_max_ms,
-        loss=rng.choice((0.0, 0.0, 0.02, 0.1)),
-        repeat=rng.choice((0.0, 0.0, 0.05)),
-        crash=rng.choice((0.0, 0.0, 0.005, 0.02)),
-        partitions=tuple(partitions),
-        skews_ms=tuple(rng.choice((0, 0, rng.randrange(-1_000, 1_000))) for _ in range(machines)),
-        twins=tuple(sorted(rng.sample(range(setup.validators), setup.twins))),
-        arrivals=tuple(arrivals),
-        # Half of the worlds are idle often enough for heartbeats to matter.
-        timing=Timing(heartbeat_ms=rng.choice((300, 5_000))),
-    )
+    @property
+    def failure(self) -> str | None:
+        """What went wrong, None when nothing did."""
+        return self.unsafe or self.stalled
 
 
-PlanMaker = Callable[[random.Random, Setup], Plan]
-
-
-def run_scenario(seed: int, setup: Setup | None = None, *, has_timeline: bool = False, draw: PlanMaker = draw_plan) -> Result:
+def run_scenario(seed: int, setup: Setup | None = None, *, has_timeline: bool = False) -> Result:
     """Run the scenario of a seed; the same seed and setup give the same result, in every process."""
     setup = setup or Setup()
-    rng = random.Random(seed)  # noqa: S311 - a simulation must be repeatable
+    return run_plan(seed, setup, draw_plan(random.Random(f"{seed} plan"), setup), has_timeline=has_timeline)  # noqa: S311
+
+
+def run_plan(seed: int, setup: Setup, plan: Plan, *, has_timeline: bool = False) -> Result:
+    """Run a plan; ``seed`` decides what the plan leaves to chance."""
     signers, check = make_keys(setup.validators, is_real=setup.has_real_keys)
     committee = Committee.of(_CHAIN_ID, signers)
     if setup.quorum is not None:
         committee = dataclasses.replace(committee, quorum=setup.quorum)
-    plan = draw(rng, setup)
     timeline: list[str] = []
 
     def note(moment: int, text: str) -> None:
         timeline.append(f"{moment:6d} ms  {text}")
 
+    rng = random.Random(f"{seed} run")  # noqa: S311 - a simulation must be repeatable
     world = World(committee, (signers, check), plan, rng, note if has_timeline else None)
     unsafe = stalled = None
-    recovery_ms = 0
+    recovery = _Recovery()
     try:
         world.run(plan.heal_ms, lambda: False)
-        before = _lowest_height(world)
-        if world.run(plan.heal_ms + _HEAL_LIMIT_MS, lambda: _highest_height(world) > before):
-            recovery_ms = world.now_ms - plan.heal_ms
-        after = [transaction for moment, _, transaction in plan.arrivals if moment > plan.heal_ms]
-        if not world.run(plan.heal_ms + _HEAL_LIMIT_MS, lambda: _all_committed(world, after)):
-            stalled = f"not everything was committed {_HEAL_LIMIT_MS} ms after healing"
-        elif recovery_ms > _PROGRESS_LIMIT_MS:
-            stalled = f"the first commit came {recovery_ms} ms after healing"
-        elif world.held_max > _held_limit(committee.n):
-            stalled = f"a node held {world.held_max} blocks, votes and timeouts"
+        if plan.must_fork:
+            unsafe = world.agreement.fault
+        else:
+            recovery, stalled = _heal(world)
     except ViolationError as error:
         unsafe = str(error)
+    if unsafe is not None:
         note(world.now_ms, unsafe)
     return Result(
-        seed, unsafe, stalled, world.events, len(world.agreement.chain), recovery_ms, world.held_max, world.trace_hash, timeline
-    )
+        seed, unsafe, stalled, world.events, len(world.agreement.chain), world.effects, recovery.first_ms, recovery.rounds,
+        world.held_max, frozenset(world.accused), _convict(world) if unsafe else frozenset(), world.trace_hash, timeline,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Recovery:
+    first_ms: int = 0
+    rounds: int = 0
+
+
+def _heal(world: World) -> tuple[_Recovery, str | None]:
+    """Let the world heal and return how that went, and what kept it from going on."""
+    plan, n = world.plan, world.committee.n
+    height, round_ = _lowest_height(world), _highest_round(world)
+    limit_ms = plan.heal_ms + _HEAL_LIMIT_MS
+    first_ms = world.now_ms - plan.heal_ms if world.run(limit_ms, lambda: _highest_height(world) > height) else 0
+    after = {transaction for moment, _, transaction in plan.arrivals if moment > plan.heal_ms}
+    is_done = world.run(limit_ms, lambda: _all_committed(world, after))
+    recovery = _Recovery(first_ms, _highest_round(world) - round_)
+    if not is_done:
+        return recovery, f"not everything was committed {_HEAL_LIMIT_MS} ms after healing"
+    if recovery.first_ms > _PROGRESS_LIMIT_MS:
+        return recovery, f"the first commit came {recovery.first_ms} ms after healing"
+    if recovery.rounds > max(16, 4 * n) + len(plan.leaders):
+        return recovery, f"it took {recovery.rounds} rounds after healing"
+    if world.held_max > _held_limit(n):
+        return recovery, f"a machine held {world.held_max} blocks, votes and timeouts"
+    return recovery, None
+
+
+def _convict(world: World) -> frozenset[int]:
+    """Return whom the honest machines' chains, and the certificates that committed them, convict."""
+    found: set[int] = set()
+    for one, other in itertools.combinations(world.honest, 2):
+        if one.testimony is None or other.testimony is None:
+            continue
+        for culprit, charge in charges(one.testimony, other.testimony).items():
+            assert is_proven(charge, world.committee, world.verifier)
+            found.add(culprit)
+    return frozenset(found)
 
 
 def _held_limit(n: int) -> int:
@@ -131,17 +131,20 @@ def _held_limit(n: int) -> int:
 
 
 def _lowest_height(world: World) -> int:
-    return min(len(node.disk.chain) for node in world.honest)
+    return min(len(machine.disk.chain) for machine in world.honest)
 
 
 def _highest_height(world: World) -> int:
-    return max(len(node.disk.chain) for node in world.honest)
+    return max(len(machine.disk.chain) for machine in world.honest)
 
 
-def _all_committed(world: World, transactions: list[bytes]) -> bool:
-    wanted = set(transactions)
-    for node in world.honest:
-        chain = node.disk.chain
-        if not wanted <= {transaction for block in chain[-40:] for transaction in block.payload}:
+def _highest_round(world: World) -> int:
+    return max((machine.replica.round for machine in world.honest if machine.replica is not None), default=0)
+
+
+def _all_committed(world: World, transactions: set[bytes]) -> bool:
+    for machine in world.honest:
+        chain = machine.disk.chain
+        if not transactions <= {transaction for block in chain[-40:] for transaction in block.payload}:
             return False
     return True

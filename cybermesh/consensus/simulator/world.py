@@ -1,4 +1,4 @@
-"""The virtual world: a clock, a network that loses, delays, repeats and reorders, nodes that crash, disks that do not forget.
+"""The virtual world: a clock, a network that loses, delays, repeats and reorders, machines that crash, disks that last.
 
 Everything happens in one heap of moments (milliseconds). The same plan and seed give the same run, event by event, in any
 process: the trace hash proves it. Messages travel as values; the codec has its own tests.
@@ -10,13 +10,13 @@ import dataclasses
 import hashlib
 import heapq
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
-from cybermesh.consensus.certificates import SignatureCheck, Signer
+from cybermesh.consensus.certificates import CertificateVerifier, SignatureCheck, Signer
 from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.events import (
+    Accuse,
     Broadcast,
     Commit,
     Connected,
@@ -33,76 +33,22 @@ from cybermesh.consensus.events import (
     StopVoting,
     Tick,
 )
-from cybermesh.consensus.leader import RoundRobin
-from cybermesh.consensus.mempool import Mempool
-from cybermesh.consensus.pacemaker import Timing
+from cybermesh.consensus.journal import standing
+from cybermesh.consensus.leader import LeaderElection, RoundRobin
 from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.replica import Replica
 from cybermesh.consensus.simulator.application import LogApplication, LogState
+from cybermesh.consensus.simulator.leaders import Scripted
+from cybermesh.consensus.simulator.machine import Disk, Machine
 from cybermesh.consensus.simulator.oracles import Agreement, NodeOracle, ViolationError
+from cybermesh.consensus.simulator.plan import Plan, Restore
+from cybermesh.consensus.simulator.traitor import Letter, Traitor
 from cybermesh.consensus.sync import ANSWER_BLOCKS_MAX, splice
-from cybermesh.consensus.types import Block, BlockHash, Message, QuorumCert, Timeout, Vote
+from cybermesh.consensus.types import Block, BlockHash, Evidence, Message, Timeout, Vote, accused
 
 START_WALL_MS: Final = 1_700_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """Between two moments only nodes of the same group hear each other; ``groups`` gives each node's group."""
-
-    start_ms: int
-    end_ms: int
-    groups: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How bad the world is until ``heal_ms``; afterwards it is perfect but for delays.
-
-    Probabilities are per message (``loss``, ``repeat``) and per step of a node (``crash``); delays are milliseconds. ``twins``
-    names validators whose key runs on two machines. ``arrivals`` are (moment, nodes that learn of it, transaction).
-    """
-
-    heal_ms: int
-    delay_min_ms: int
-    delay_max_ms: int
-    loss: float
-    repeat: float
-    crash: float
-    partitions: tuple[Partition, ...]
-    skews_ms: tuple[int, ...]
-    twins: tuple[int, ...]
-    arrivals: tuple[tuple[int, tuple[int, ...], bytes], ...]
-    timing: Timing
-
-
-@dataclass(slots=True)
-class Disk:
-    """What survives a crash of a node."""
-
-    record: SafetyRecord
-    journal: dict[BlockHash, Block] = field(default_factory=dict)
-    chain: list[Block] = field(default_factory=list)
-    certificate: QuorumCert | None = None
-    state: LogState | None = None
-
-
-@dataclass(slots=True)
-class SimNode:
-    """One machine: ``position`` numbers machines, ``index`` validators; a twin shares its index."""
-
-    position: int
-    index: int
-    name: str
-    disk: Disk
-    oracle: NodeOracle
-    skew_ms: int
-    is_honest: bool
-    replica: Replica[LogState] | None = None
-    mempool: Mempool = field(default_factory=Mempool)
-    peers: tuple[int, ...] = ()
-    wake_at: int | None = None
-    lives: int = 0
+_DOWN_MAX_MS: Final = 1_500
+_TAIL: Final = 20
 
 
 class World:
@@ -120,37 +66,49 @@ class World:
         self.plan = plan
         self.now_ms = 0
         self.events = 0
-        self.agreement = Agreement()
+        self.effects = 0
+        self.agreement = Agreement(is_patient=plan.must_fork)
         self.held_max = 0
+        self.accused: set[int] = set()
         self._signers, self._check = keys
+        self.verifier = CertificateVerifier(committee, self._check, committee.genesis_cert())
         self._rng = rng
         self._note = note
         self._application = LogApplication()
-        self._leaders = RoundRobin(committee)
+        base: LeaderElection = RoundRobin(committee)
+        self._leaders = Scripted(plan.leaders, base) if plan.leaders else base
         self._trace = hashlib.blake2b(digest_size=16)
-        self._heap: list[tuple[int, int, Callable[[], None]]] = []
+        self._heap: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = 0
-        self.nodes = [self._machine(position) for position in range(committee.n + len(plan.twins))]
-        self._machines = [[node for node in self.nodes if node.index == index] for index in range(committee.n)]
-        for node in self.nodes:
-            self._at(0, self._starter(node))
+        self._has_news = False
+        self._traitors = dict(plan.traitors)
+        self.machines = [self._machine(position) for position in range(committee.n + len(plan.twins))]
+        self._running_key = [[each for each in self.machines if each.index == index] for index in range(committee.n)]
+        for machine in self.machines:
+            self._at(0, self._start, machine)
         for moment, positions, transaction in plan.arrivals:
-            self._at(moment, self._arrival(positions, transaction))
+            self._at(moment, self._arrive, positions, transaction)
+        for restore in plan.restores:
+            self._at(restore.at_ms if restore.copied_ms is None else restore.copied_ms, self._copy, restore)
 
-    def _machine(self, position: int) -> SimNode:
+    def _machine(self, position: int) -> Machine:
         n = self.committee.n
         index = position if position < n else self.plan.twins[position - n]
         name = f"v{index}" if position < n else f"v{index}'"
         disk = Disk(SafetyRecord.fresh(self.committee.genesis_cert()))
-        is_honest = index not in self.plan.twins
         peers = tuple(peer for peer in range(n) if peer != index)
-        oracle = NodeOracle(name)
-        return SimNode(position, index, name, disk, oracle, self.plan.skews_ms[position], is_honest, peers=peers)
+        machine = Machine(position, index, name, disk, NodeOracle(name), self.plan.skews_ms[position], peers)
+        behaviours = self._traitors.get(index)
+        if behaviours is not None:
+            signer = self._signers[self.committee.public_keys[index]]
+            machine.traitor = Traitor(self.committee, index, signer, behaviours, self._rng)
+        machine.is_honest = behaviours is None and index not in self.plan.twins
+        return machine
 
     @property
-    def honest(self) -> list[SimNode]:
-        """The machines whose key runs nowhere else."""
-        return [node for node in self.nodes if node.is_honest]
+    def honest(self) -> list[Machine]:
+        """The machines that follow the protocol and whose key runs nowhere else."""
+        return [machine for machine in self.machines if machine.is_honest]
 
     @property
     def trace_hash(self) -> str:
@@ -159,46 +117,50 @@ class World:
 
     # Time
 
-    def _at(self, moment: int, action: Callable[[], None]) -> None:
+    def _at(self, moment: int, action: Callable[..., None], *arguments: Any) -> None:
         self._order += 1
-        heapq.heappush(self._heap, (moment, self._order, action))
+        heapq.heappush(self._heap, (moment, self._order, action, arguments))
 
     def run(self, until_ms: int, is_done: Callable[[], bool]) -> bool:
-        """Let time pass until ``is_done`` or the moment; return whether it was done.
+        """Let time pass until ``is_done``, asked after every commit, or the moment; return whether it was done.
 
         Raises:
             ViolationError: an oracle saw a broken promise.
         """
         heap = self._heap
+        self._has_news = True
         while heap and heap[0][0] <= until_ms:
-            self.now_ms, _, action = heapq.heappop(heap)
-            action()
-            if self.now_ms >= self.plan.heal_ms and is_done():
-                return True
+            self.now_ms, _, action, arguments = heapq.heappop(heap)
+            action(*arguments)
+            if self._has_news and self.now_ms >= self.plan.heal_ms:
+                self._has_news = False
+                if is_done():
+                    return True
         self.now_ms = max(self.now_ms, until_ms)
         return is_done()
 
-    # Nodes
+    # Machines
 
-    def _starter(self, node: SimNode) -> Callable[[], None]:
-        def start() -> None:
-            disk, committee = node.disk, self.committee
-            disk.record = dataclasses.replace(disk.record, boot=disk.record.boot + 1)
-            parts = Parts(
-                committee, node.index, self._application, node.mempool, self._leaders, self._check,
-                self._signers[committee.public_keys[node.index]], self._rng.random, self.plan.timing,
-            )  # fmt: skip
-            journal = [block for block in disk.journal.values() if block.height > len(disk.chain)]
-            node.lives += 1
-            node.wake_at = None
-            node.replica = Replica(parts, self._root(disk), disk.record, self._now(node), journal)
-            self._log(node, "starts")
-            self._step(node, Started())
-            for peer in self.nodes:
-                if peer.replica is not None and peer.index != node.index:
-                    self._step(peer, Connected(node.index))
-
-        return start
+    def _start(self, machine: Machine) -> None:
+        disk, committee = machine.disk, self.committee
+        disk.record = dataclasses.replace(disk.record, boot=disk.record.boot + 1)
+        fault = disk.fault
+        if fault is None:
+            disk.stored_boot = disk.record.boot
+        signer = self._signers[committee.public_keys[machine.index]] if fault is None else None
+        parts = Parts(
+            committee, machine.index, self._application, machine.mempool, self._leaders, self._check, signer,
+            self._rng.random, self.plan.timing,
+        )  # fmt: skip
+        journal = [block for block in disk.journal.values() if block.height > len(disk.chain)]
+        machine.lives += 1
+        machine.wake_at = None
+        machine.replica = Replica(parts, self._root(disk), disk.record, self._now(machine), journal)
+        self._log(machine, "starts" if fault is None else f"starts as an observer: {fault}")
+        self._step(machine, Started())
+        for peer in self.machines:
+            if peer.replica is not None and peer.index != machine.index:
+                self._step(peer, Connected(machine.index))
 
     def _root(self, disk: Disk) -> Root[LogState]:
         if not disk.chain:
@@ -206,150 +168,245 @@ class World:
         tip = disk.chain[-1]
         assert disk.state is not None
         assert disk.certificate is not None
-        return Root(tip.hash, tip.round, tip.height, tip.header.time_ms, disk.state, disk.certificate)
+        recent = tuple(block.header for block in disk.chain[-8 * self.committee.n :])
+        return Root(tip.hash, tip.round, tip.height, tip.header.time_ms, disk.state, disk.certificate, recent)
 
-    def _now(self, node: SimNode) -> Now:
-        return Now(self.now_ms, START_WALL_MS + self.now_ms + node.skew_ms)
+    def _now(self, machine: Machine) -> Now:
+        return Now(self.now_ms, START_WALL_MS + self.now_ms + machine.skew_ms)
 
-    def _arrival(self, positions: Sequence[int], transaction: bytes) -> Callable[[], None]:
-        def arrive() -> None:
-            for position in positions:
-                node = self.nodes[position]
-                state = node.disk.state or self._application.genesis()
-                pending = self._application.admit(state, transaction, 0)
-                if pending is not None:
-                    node.mempool.add(pending)
-                    self._step(node, Tick())
+    def _arrive(self, positions: Sequence[int], transaction: bytes) -> None:
+        for position in positions:
+            machine = self.machines[position]
+            state = machine.disk.state or self._application.genesis()
+            pending = self._application.admit(state, transaction, 0)
+            if pending is not None:
+                machine.mempool.add(pending)
+                self._step(machine, Tick())
 
-        return arrive
-
-    def _step(self, node: SimNode, event: Event) -> None:
-        replica = node.replica
+    def _step(self, machine: Machine, event: Event) -> None:
+        replica = machine.replica
         if replica is None:
             return
+        if machine.stuck is not None:
+            machine.backlog.append(event)
+            return
         self.events += 1
-        self._trace.update(f"{self.now_ms} {node.position} {_describe(event)}".encode())
-        effects = replica.step(event, self._now(node))
-        count = len(effects)
-        plan = self.plan
-        has_crashed = plan.crash > 0 and self.now_ms < plan.heal_ms and self._rng.random() < plan.crash
-        if has_crashed:
-            count = self._rng.randrange(len(effects) + 1)
-        for effect in effects[:count]:
-            self._perform(node, effect)
-        if has_crashed:
-            self._crash(node)
+        self._trace.update(f"{self.now_ms} {machine.position} {_describe(event)}".encode())
+        effects: Sequence[Effect[LogState]] = replica.step(event, self._now(machine))
+        if machine.traitor is not None and isinstance(event, Received):
+            self._deliver(machine, machine.traitor.hears(replica, event.message))
+        crash = self.plan.crash
+        if crash > 0 and self.now_ms < self.plan.heal_ms and self._rng.random() < crash:
+            self._perform_all(machine, effects[: self._rng.randrange(len(effects) + 1)])
+            self._crash(machine)
             return
-        self.held_max = max(self.held_max, replica.held)
-        self._schedule(node, replica)
+        self._perform_all(machine, effects)
 
-    def _crash(self, node: SimNode) -> None:
-        self._log(node, "crashes")
-        node.replica = None
-        self._at(min(self.now_ms + self._rng.randrange(10, 1_500), self.plan.heal_ms), self._starter(node))
-
-    def _schedule(self, node: SimNode, replica: Replica[LogState]) -> None:
-        wake = replica.wake_ms()
-        if wake is None or (node.wake_at is not None and node.wake_at <= wake):
-            return
-        node.wake_at = max(wake, self.now_ms + 1)
-        self._at(node.wake_at, self._waker(node, node.lives, node.wake_at))
-
-    def _waker(self, node: SimNode, life: int, moment: int) -> Callable[[], None]:
-        def wake() -> None:
-            replica = node.replica
-            if replica is None or node.lives != life or node.wake_at != moment:
+    def _perform_all(self, machine: Machine, effects: Sequence[Effect[LogState]]) -> None:
+        crash_at = self.plan.crash_at
+        for place, effect in enumerate(effects):
+            self.effects += 1
+            if self.effects in crash_at:
+                self._crash(machine)
                 return
-            node.wake_at = None
-            due = replica.wake_ms()
-            if due is not None and due <= self.now_ms:
-                self._step(node, Tick())
-            else:
-                self._schedule(node, replica)
+            if isinstance(effect, Persist) and self._is_full(machine):
+                machine.stuck = effects[place:]
+                self._log(machine, "waits for room on its disk")
+                return
+            self._perform(machine, effect)
+        replica = machine.replica
+        if replica is not None:
+            self.held_max = max(self.held_max, replica.held)
+            self._schedule(machine, replica)
 
-        return wake
+    def _is_full(self, machine: Machine) -> bool:
+        for full in self.plan.full_disks:
+            if full.machine == machine.position and full.start_ms <= self.now_ms < full.end_ms:
+                self._at(full.end_ms, self._go_on, machine, machine.lives)
+                return True
+        return False
+
+    def _go_on(self, machine: Machine, life: int) -> None:
+        if machine.stuck is None or machine.lives != life:
+            return
+        left, machine.stuck = machine.stuck, None
+        backlog = list(machine.backlog)
+        machine.backlog.clear()
+        self._perform_all(machine, left)
+        for event in backlog:
+            self._step(machine, event)
+        self._step(machine, Tick())
+
+    def _crash(self, machine: Machine) -> None:
+        self._stop(machine)
+        self._at(min(self.now_ms + self._rng.randrange(10, _DOWN_MAX_MS), self.plan.heal_ms), self._start, machine)
+
+    def _stop(self, machine: Machine) -> None:
+        self._log(machine, "crashes")
+        machine.replica = None
+        machine.stuck = None
+        machine.backlog.clear()
+
+    def _copy(self, restore: Restore) -> None:
+        disk = self.machines[restore.machine].disk
+        fresh = SafetyRecord.fresh(self.committee.genesis_cert())
+        copy = (fresh, {}) if restore.copied_ms is None else (disk.record, dict(disk.journal))
+        self._at(restore.at_ms, self._restore, restore.machine, *copy)
+
+    def _restore(self, position: int, record: SafetyRecord, journal: dict[BlockHash, Block]) -> None:
+        machine = self.machines[position]
+        if machine.replica is not None:
+            self._stop(machine)
+            self._at(self.now_ms + 1, self._start, machine)
+        self._log(machine, "gets an old copy of its safety file")
+        disk = machine.disk
+        disk.record, disk.journal = record, dict(journal)
+        seen = standing(
+            dataclasses.replace(record, boot=record.boot + 1),
+            stored_boot=disk.stored_boot,
+            stored_voted_round=disk.stored_voted_round,
+            stored_epoch=record.epoch,
+        )
+        machine.oracle.is_retired = seen is not None
+
+    def _schedule(self, machine: Machine, replica: Replica[LogState]) -> None:
+        wake = replica.wake_ms()
+        if wake is None or (machine.wake_at is not None and machine.wake_at <= wake):
+            return
+        machine.wake_at = max(wake, self.now_ms + 1)
+        self._at(machine.wake_at, self._wake, machine, machine.lives, machine.wake_at)
+
+    def _wake(self, machine: Machine, life: int, moment: int) -> None:
+        replica = machine.replica
+        if replica is None or machine.lives != life or machine.wake_at != moment:
+            return
+        machine.wake_at = None
+        due = replica.wake_ms()
+        if due is not None and due <= self.now_ms:
+            self._step(machine, Tick())
+        else:
+            self._schedule(machine, replica)
 
     # Effects
 
-    def _perform(self, node: SimNode, effect: Effect[LogState]) -> None:
+    def _perform(self, machine: Machine, effect: Effect[LogState]) -> None:
         match effect:
             case Send(to, message):
-                self._send(node, [to], message)
+                self._say(machine, [to], message)
             case Broadcast(message):
-                self._send(node, node.peers, message)
+                self._say(machine, machine.peers, message)
             case Persist(record, block):
-                node.disk.record = record
+                machine.disk.record = record
                 if block is not None:
-                    node.disk.journal[block.hash] = block
+                    machine.disk.journal[block.hash] = block
             case Commit():
-                self._commit(node, effect)
+                self._commit(machine, effect)
             case ServeBlocks():
-                self._serve(node, effect)
+                self._serve(machine, effect)
+            case Accuse(evidence):
+                self._accuse(machine, evidence)
             case Halt(reason) | StopVoting(reason):
-                if node.is_honest:
-                    raise ViolationError(f"{node.name}: {reason}")
+                if machine.is_honest and not self._is_restored(machine):
+                    raise ViolationError(f"{machine.name}: {reason}")
             case _:
                 pass
 
-    def _serve(self, node: SimNode, request: ServeBlocks) -> None:
-        stored = node.disk.chain[request.from_height - 1 : request.from_height + ANSWER_BLOCKS_MAX]
+    def _accuse(self, machine: Machine, evidence: Evidence) -> None:
+        culprit = accused(evidence)
+        if machine.is_honest:
+            if self._is_innocent(culprit) or not self.verifier.is_valid_evidence(evidence):
+                raise ViolationError(f"{machine.name} accuses v{culprit} wrongly")
+            self.accused.add(culprit)
+
+    def _is_innocent(self, index: int) -> bool:
+        return index not in self.plan.twins and index not in self._traitors
+
+    def _is_restored(self, machine: Machine) -> bool:
+        return any(restore.machine == machine.position for restore in self.plan.restores)
+
+    def _serve(self, machine: Machine, request: ServeBlocks) -> None:
+        stored = machine.disk.chain[request.from_height - 1 : request.from_height + ANSWER_BLOCKS_MAX]
         answer = splice(self.committee.epoch, request, stored)
         if answer is not None:
-            self._send(node, [request.to], answer)
+            self._say(machine, [request.to], answer)
 
-    def _commit(self, node: SimNode, commit: Commit[LogState]) -> None:
-        if node.is_honest:
-            node.oracle.commit(commit, is_first_life=node.lives == 1)
-            self.agreement.committed(node.name, commit)
-        disk = node.disk
+    def _commit(self, machine: Machine, commit: Commit[LogState]) -> None:
+        if machine.is_honest:
+            machine.committed.extend(each.block for each in commit.blocks if each.block.height > len(machine.committed))
+            machine.certificate = commit.certificate
+            machine.oracle.commit(commit, is_first_life=machine.lives == 1)
+            self.agreement.committed(machine.name, commit)
+        self._log(machine, f"commits up to height {commit.blocks[-1].block.height}")
+        if self.plan.store_ms:
+            self._at(self.now_ms + self.plan.store_ms, self._store, machine, machine.lives, commit)
+        else:
+            self._store(machine, machine.lives, commit)
+
+    def _store(self, machine: Machine, life: int, commit: Commit[LogState]) -> None:
+        if machine.lives != life or machine.replica is None:
+            return  # it crashed before: the journal still has the blocks
+        disk = machine.disk
         for each in commit.blocks:
             if each.block.height > len(disk.chain):
                 disk.chain.append(each.block)
             disk.journal.pop(each.block.hash, None)
         disk.certificate = commit.certificate
         disk.state = commit.blocks[-1].execution.state
-        self._log(node, f"commits up to height {len(disk.chain)}")
+        disk.stored_voted_round = disk.record.last_voted_round
+        self._has_news = True
 
-    def _send(self, node: SimNode, peers: Sequence[int], message: Message) -> None:
-        if node.is_honest:
-            node.oracle.sent(message, node.disk.record, self._has_block(node, message))
+    # Network
+
+    def _say(self, machine: Machine, peers: Sequence[int], message: Message) -> None:
+        if machine.traitor is not None and machine.replica is not None:
+            self._deliver(machine, machine.traitor.says(machine.replica, peers, message))
+            return
+        if machine.is_honest:
+            machine.oracle.sent(message, machine.disk.record, self._block_of(machine, message))
+        self._send(machine, peers, message)
+
+    def _deliver(self, machine: Machine, letters: Iterable[Letter]) -> None:
+        for peers, message in letters:
+            self._send(machine, peers, message)
+
+    def _send(self, machine: Machine, peers: Sequence[int], message: Message) -> None:
         if self._note is not None:
-            self._log(node, f"-> {', '.join(f'v{peer}' for peer in peers)}: {_describe_message(message)}")
+            self._log(machine, f"-> {', '.join(f'v{peer}' for peer in peers)}: {_describe_message(message)}")
         plan, rng = self.plan, self._rng
         is_bad = self.now_ms < plan.heal_ms
-        event = Received(node.index, message)
-        for machine in (machine for peer in peers for machine in self._machines[peer]):
-            if is_bad and (rng.random() < plan.loss or self._is_cut(node, machine)):
+        event = Received(machine.index, message)
+        delay_min = plan.delay_min_ms + (plan.disk_ms[machine.position] if plan.disk_ms else 0)
+        spread = plan.delay_max_ms + 1 - plan.delay_min_ms
+        loss = plan.loss[machine.position] if plan.loss and is_bad else None
+        for target in (each for peer in peers for each in self._running_key[peer]):
+            if is_bad and (self._is_cut(machine, target) or (loss is not None and rng.random() < loss[target.position])):
                 continue
-            copies = 2 if is_bad and rng.random() < plan.repeat else 1
-            for _ in range(copies):
-                delay = plan.delay_min_ms + int(rng.random() * (plan.delay_max_ms + 1 - plan.delay_min_ms))
-                self._at(self.now_ms + delay, self._delivery(machine, event))
+            for _ in range(2 if is_bad and plan.repeat and rng.random() < plan.repeat else 1):
+                delay = delay_min + int(rng.random() * spread)
+                if is_bad and plan.tail and rng.random() < plan.tail:
+                    delay *= _TAIL
+                self._at(self.now_ms + delay, self._step, target, event)
 
-    def _delivery(self, machine: SimNode, event: Event) -> Callable[[], None]:
-        return lambda: self._step(machine, event)
+    def _is_cut(self, one: Machine, other: Machine) -> bool:
+        link = (one.position, other.position)
+        return any(cut.start_ms <= self.now_ms < cut.end_ms and link in cut.links for cut in self.plan.cuts)
 
-    def _is_cut(self, one: SimNode, other: SimNode) -> bool:
-        for partition in self.plan.partitions:
-            if partition.start_ms <= self.now_ms < partition.end_ms:
-                groups = partition.groups
-                return groups[one.position] != groups[other.position]
-        return False
-
-    def _has_block(self, node: SimNode, message: Message) -> bool:
+    def _block_of(self, machine: Machine, message: Message) -> Block | None:
+        """Return the block on the machine's disk that a message concerns."""
+        journal = machine.disk.journal
         if isinstance(message, Vote):
-            journal, chain = node.disk.journal, node.disk.chain
-            return message.block_hash in journal or any(block.hash == message.block_hash for block in chain[-4:])
+            stored = next((block for block in machine.disk.chain[-4:] if block.hash == message.block_hash), None)
+            return journal.get(message.block_hash, stored)
         if isinstance(message, Block):
             self.agreement.certified(message.qc)
-            return message.hash in node.disk.journal
+            return journal.get(message.hash)
         if isinstance(message, Timeout):
             self.agreement.certified(message.high_qc)
-        return True
+        return None
 
-    def _log(self, node: SimNode, text: str) -> None:
+    def _log(self, machine: Machine, text: str) -> None:
         if self._note is not None:
-            self._note(self.now_ms, f"{node.name} {text}")
+            self._note(self.now_ms, f"{machine.name} {text}")
 
 
 def _describe(event: Event) -> str:
