@@ -103,6 +103,18 @@ def admission(
 
 
 @app.command()
+def consensus(
+    seconds: Annotated[float, typer.Option(min=1, max=60, help="How long each rate is measured.")] = 5,
+    folder: Annotated[Path | None, typer.Option("--dir", help="Where the safety files go: the disk that is measured.")] = None,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Measure how fast four validators agree: blocks, transactions, latency, one of them dead, catching up."""
+    from cybermesh.cli import bench_consensus
+
+    _show(bench_consensus.run(seconds, Path(folder or tempfile.gettempdir())), as_json=as_json)
+
+
+@app.command()
 def flows(
     packets: Annotated[
         int, typer.Option(min=100_000, help="Packets of the usual capture, at least; the long one has two thirds.")
