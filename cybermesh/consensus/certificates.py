@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from cybermesh.consensus.committee import Committee
@@ -63,6 +64,19 @@ def timeout_bytes(committee: Committee, round_: Round, high_round: Round) -> byt
     return hashlib.sha256(_TIMEOUT_DOMAIN + packed).digest()
 
 
+@dataclass(frozen=True, slots=True)
+class _RememberingSigner:
+    """Tells of what it has signed."""
+
+    signer: Signer
+    note: Callable[[bytes, bytes], None]
+
+    def sign(self, message: bytes) -> bytes:
+        signature = self.signer.sign(message)
+        self.note(message, signature)
+        return signature
+
+
 class CertificateVerifier:
     """Checks signatures and certificates of one committee; the same answer on every node and at any time."""
 
@@ -81,10 +95,17 @@ class CertificateVerifier:
             return True
         if not self._check(self._committee.public_keys[voter], message, signature):
             return False
+        self._remember(key)
+        return True
+
+    def _remember(self, key: tuple[int, bytes, bytes]) -> None:
         if len(self._seen) >= _CACHE_MAX:
             del self._seen[next(iter(self._seen))]
         self._seen[key] = None
-        return True
+
+    def remembering(self, signer: Signer, index: int) -> Signer:
+        """Return a signer whose signatures need no verification here: this node meets them again in every certificate."""
+        return _RememberingSigner(signer, lambda message, signature: self._remember((index, message, signature)))
 
     def is_valid_header_signature(self, header: Header, signature: bytes) -> bool:
         """Return whether the header's author signed it."""

@@ -14,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,8 @@ S = TypeVar("S")
 _INBOX_MAX: Final = 256
 _HAND_OVER_MAX: Final = 16
 _SERVE_MAX: Final = 8
+_QUICK_S: Final = 0.000_5
+_USUAL_OF: Final = 16
 _RETRY_FIRST_S: Final = 0.1
 _RETRY_MAX_S: Final = 5.0
 _KINDS: Final[dict[type[Message], Kind]] = {
@@ -109,9 +112,27 @@ class BlockSource(Protocol):
         ...
 
 
-async def run_in_thread(write: Callable[[], None]) -> None:
-    """Do blocking work in a worker thread."""
-    await asyncio.to_thread(write)
+class QuickOrThreaded:
+    """Does blocking work in place while it usually takes less than handing it to a thread and back, else in a thread.
+
+    What is usual is a moving average over the last writes; ``clock`` gives seconds and never jumps.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._usual_s = _QUICK_S
+
+    async def __call__(self, write: Callable[[], None]) -> None:
+        """Return when the work is done; what it raises is raised here."""
+        if self._usual_s < _QUICK_S:
+            self._timed(write)
+        else:
+            await asyncio.to_thread(self._timed, write)
+
+    def _timed(self, write: Callable[[], None]) -> None:
+        began = self._clock()
+        write()
+        self._usual_s += (self._clock() - began - self._usual_s) / _USUAL_OF
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +149,9 @@ class Shell(Generic[S]):
     on_commit: Callable[[Commit[S]], Awaitable[None]]
     on_evidence: Callable[[Evidence], None]
     wall_ms: Callable[[], int]
-    run_blocking: Callable[[Callable[[], None]], Awaitable[None]] = run_in_thread
+    run_blocking: Callable[[Callable[[], None]], Awaitable[None]] = field(
+        default_factory=lambda: QuickOrThreaded(time.monotonic)
+    )
 
 
 @dataclass(slots=True)

@@ -81,7 +81,8 @@ class Replica(Generic[S]):
         self._index = parts.index
         self._mempool = parts.mempool
         self._verifier = CertificateVerifier(parts.committee, parts.check, parts.committee.genesis_cert())
-        self._safety = SafetyRules(parts.committee, parts.index, parts.signer, record)
+        signer = None if parts.signer is None else self._verifier.remembering(parts.signer, parts.index)
+        self._safety = SafetyRules(parts.committee, parts.index, signer, record)
         self._tree = BlockTree(root, self._app.next_due_ms(root.state))
         self._committed: deque[Header] = deque(root.recent, maxlen=parts.leaders.window)
         self._high_qc = max(record.high_qc, root.certificate, key=lambda qc: qc.round)
