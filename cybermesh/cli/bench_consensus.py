@@ -1,15 +1,15 @@
 """``cybermesh bench consensus``: how fast a committee of four agrees on this machine, and what bounds it.
 
-Every measurement starts new processes with new safety files; beside the rates stand the bounds measured in the same run, so that
-a busy machine shows in both. Four validators share this machine: on machines of their own each would have all of its cores.
+Every measurement starts new processes with new safety files; beside the rates stand the bounds measured in the same run, so
+that a busy machine shows in both. Four validators share this machine: on machines of their own each would have all its cores.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-import random
 import secrets
 import statistics
 import subprocess
@@ -65,6 +65,10 @@ class Process:
             except (OSError, subprocess.TimeoutExpired):
                 self._process.kill()
                 self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):  # what could not be written to it any more
+                    stream.close()
 
 
 class Run:
@@ -156,6 +160,18 @@ def raw_verify_per_s(threads: int, seconds: float = 1.0) -> float:
     return sum(counts) / seconds
 
 
+def sync_p50_ms(folder: Path) -> float:
+    """Return how long the disk takes to make 4 KiB durable; a block costs two of these, one after the other."""
+    took = []
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(50):
+            began = time.perf_counter()
+            os.write(file.fileno(), bytes(4096))
+            os.fdatasync(file.fileno())
+            took.append(time.perf_counter() - began)
+    return 1000 * statistics.median(took)
+
+
 def write_transactions(path: Path, count: int) -> None:
     """Write signed transactions, one behind the other."""
     keys = [SigningKey(secrets.token_bytes(32)) for _ in range(bench_null.PRODUCERS)]
@@ -187,7 +203,7 @@ def run(seconds: float, folder: Path) -> dict[str, object]:
         def rate(load: str, groups: Sequence[Sequence[int]], figure: str) -> float:
             output.note(f"{load}, {len(groups)} processes")
             found = bench.measure(load, groups, seconds=seconds)
-            return min(getattr(each, figure) for each in found) / seconds
+            return float(min(getattr(each, figure) for each in found)) / seconds
 
         result: dict[str, object] = {
             "application": "null",
@@ -203,6 +219,7 @@ def run(seconds: float, folder: Path) -> dict[str, object]:
         latencies = [latency for each in paced for latency in each.latencies_us]
         output.note("catch-up")
         caught_up = bench.catch_up(CATCH_UP_BLOCKS)
+        sync_ms = sync_p50_ms(place)
     return result | {
         "tx_per_s_4p": round(all_four),
         "one_dead_share": round(one_dead / all_four, 3),
@@ -212,5 +229,6 @@ def run(seconds: float, folder: Path) -> dict[str, object]:
         "raw_verify_per_s": round(single),
         "tx_ceiling": round(ceiling),
         "tx_share_of_ceiling_4p": round(all_four / ceiling, 3),
+        "sync_p50_ms": round(sync_ms, 2),
         "load_average": round(os.getloadavg()[0], 1),
     }

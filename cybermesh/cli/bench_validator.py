@@ -1,4 +1,4 @@
-"""What ``cybermesh bench consensus`` runs: one process with one or more validators, over TCP with mutual TLS, safety files synced.
+"""What ``cybermesh bench consensus`` runs: a process with validators over TCP with mutual TLS, their safety files synced.
 
 Run as ``python -m cybermesh.cli.bench_validator``; one JSON line after the other goes in and out:
 
@@ -33,7 +33,7 @@ from cybermesh.consensus.driver import Driver, Shell
 from cybermesh.consensus.events import Commit, SafetyRecord
 from cybermesh.consensus.journal import Journal
 from cybermesh.consensus.leader import RoundRobin
-from cybermesh.consensus.mempool import Admission, Mempool
+from cybermesh.consensus.mempool import Admission, Mempool, PendingTransaction
 from cybermesh.consensus.pacemaker import Timing
 from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.transport.tcp import Address, TcpTransport, listen_on
@@ -45,15 +45,16 @@ MEMPOOL_BYTES: Final = 4 * 1024 * 1024
 FEED_COUNT: Final = 128
 _IDLE_HEARTBEAT_MS: Final = 5_000
 _LOOK_S: Final = 0.005
+_VERIFY_IN_PLACE: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """What one process of the benchmark does.
 
-    ``seeds`` (hex) are all validators' keys in order of index, ``mine`` the indices that run here. ``load`` is ``empty`` (blocks
-    without transactions as fast as they go), ``flood`` (all of ``transactions``, as fast as they are taken), ``paced``
-    (``rate_per_s`` of them), ``blocks`` (one after the other until height ``target``) or ``catch-up`` (none; reach ``target``).
+    ``seeds`` (hex) are all validators' keys in order of index, ``mine`` the indices that run here. ``load`` is one of ``empty``
+    (blocks without transactions as fast as they go), ``flood`` (all of the file ``transactions``, as fast as they are taken),
+    ``paced`` (``rate_per_s`` of them), ``blocks`` (one by one until height ``target``), ``catch-up`` (none; reach ``target``).
     Measured are ``seconds`` after ``warm_s``.
     """
 
@@ -154,36 +155,44 @@ class Bench:
             jitter=random.random,
             timing=Timing(heartbeat_ms=heartbeat_ms),
         )
-        chain: list[Block] = []
-        holder: list[Member] = []
-        shell = Shell(
+        later = _Later()
+        shell: Shell[NullState] = Shell(
             transport=transport,
             journal=journal,
-            source=_Later(holder),
-            on_commit=lambda commit: holder[0].on_commit(commit),
+            source=later,
+            on_commit=later.on_commit,
             on_evidence=lambda _: None,
             wall_ms=lambda: time.time_ns() // 1_000_000,
         )
         driver = Driver(parts, Root.genesis(committee, bench_null.GENESIS), shell)
-        holder.append(Member(index, driver, transport, application, chain))
-        return holder[0]
+        later.member = Member(index, driver, transport, application)
+        return later.member
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Later:
-    """The chain of a member that is made after its driver."""
+    """A member that is made after its driver."""
 
-    holder: list[Member]
+    member: Member | None = None
 
     async def blocks(self, from_height: int, count_max: int) -> Sequence[Block]:
-        return await self.holder[0].blocks(from_height, count_max)
+        assert self.member is not None
+        return await self.member.blocks(from_height, count_max)
+
+    async def on_commit(self, commit: Commit[NullState]) -> None:
+        assert self.member is not None
+        await self.member.on_commit(commit)
 
 
-async def feed(member: Member, task: Task, began: float) -> None:
-    """Take transactions as a validator takes them from a bus: verify in a thread, wait while the mempool is full."""
-    data = Path(task.transactions).read_bytes()
+def read_transactions(path: str) -> list[bytes]:
+    """Return what ``bench_consensus.write_transactions`` has written."""
+    data = Path(path).read_bytes()
     size = bench_null.TRANSACTION_BYTES
-    every = [data[at : at + size] for at in range(0, len(data), size)]
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+async def feed(member: Member, task: Task, every: Sequence[bytes], began: float) -> None:
+    """Take transactions as a validator takes them from a bus: verify in a thread, wait while the mempool is full."""
     if task.load == "blocks":
         await _one_by_one(member, task, every)
         return
@@ -192,12 +201,16 @@ async def feed(member: Member, task: Task, began: float) -> None:
             due = began + start / task.rate_per_s
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             member.due |= {start + offset: due for offset in range(len(piece)) if start + offset not in member.committed}
-        if not all(await asyncio.to_thread(_verify, piece)):
+        arrived = [bench_null.pending(each) for offset, each in enumerate(piece) if start + offset not in member.committed]
+        new = [each for each in arrived if not member.application.is_known(each.digest)]
+        if not (await asyncio.to_thread(_verify, new) if len(new) > _VERIFY_IN_PLACE else _verify(new)):
             raise AssertionError("the benchmark signs its transactions")
-        member.application.verified += len(piece)
-        for offset, transaction in enumerate(piece):
-            if start + offset not in member.committed:
-                await _submit(member, transaction)
+        for each in new:
+            if not member.application.is_known(each.digest):
+                member.application.remember(each.digest)
+        for each in arrived:
+            if bench_null.number_of(each.data) not in member.committed:
+                await _submit(member, each)
 
 
 def _pieces(every: Sequence[bytes], task: Task, began: float) -> Iterator[tuple[int, Sequence[bytes]]]:
@@ -207,12 +220,11 @@ def _pieces(every: Sequence[bytes], task: Task, began: float) -> Iterator[tuple[
         yield start, every[start : start + count]
 
 
-def _verify(piece: Sequence[bytes]) -> list[bool]:
-    return [bench_null.is_signed(transaction) for transaction in piece]
+def _verify(piece: Sequence[PendingTransaction]) -> bool:
+    return all(bench_null.is_signed(each.data) for each in piece)
 
 
-async def _submit(member: Member, transaction: bytes) -> None:
-    pending = bench_null.pending(transaction)
+async def _submit(member: Member, pending: PendingTransaction) -> None:
     while member.driver.submit(pending) is Admission.FULL:
         await member.driver.room()
 
@@ -225,12 +237,12 @@ async def _one_by_one(member: Member, task: Task, every: Sequence[bytes]) -> Non
         if len(member.chain) >= task.target:
             return
         if number not in member.committed:
-            await _submit(member, transaction)
+            await _submit(member, bench_null.pending(transaction))
 
 
 async def take_part(member: Member, peers: int) -> None:
     """Return when the validator votes and the others are connected."""
-    while member.driver.status.problem is not None or len(member.transport.peers) < peers:
+    while member.driver.status.problem is not None or len(member.transport.peers) < peers:  # noqa: ASYNC110 - nobody tells
         await asyncio.sleep(_LOOK_S)
 
 
@@ -240,7 +252,8 @@ async def measure(members: Sequence[Member], task: Task, at: float) -> Measured:
     async with asyncio.TaskGroup() as group:
         feeding = []
         if task.transactions:
-            feeding = [group.create_task(feed(each, task, at), name=f"feed {each.index}") for each in members]
+            every = read_transactions(task.transactions)
+            feeding = [group.create_task(feed(each, task, every, at), name=f"feed {each.index}") for each in members]
         if task.target:
             reached = await _reach(members, task.target)
             return _result(members, _figures(members), _figures(members), reached - at)
@@ -250,8 +263,8 @@ async def measure(members: Sequence[Member], task: Task, at: float) -> Measured:
         before = _figures(members)
         await asyncio.sleep(task.seconds)
         after = _figures(members)
-        for each in feeding:
-            each.cancel()
+        for feeder in feeding:
+            feeder.cancel()
     return _result(members, before, after, 0.0)
 
 
@@ -313,8 +326,8 @@ async def main() -> None:
             measured = await measure(members, task, at)
             _tell(dataclasses.asdict(measured))
             await _line()
-            for each in running:
-                each.cancel()
+            for task_here in running:
+                task_here.cancel()
 
 
 if __name__ == "__main__":

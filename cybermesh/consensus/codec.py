@@ -3,6 +3,7 @@
 Rules:
 * A decoder gives a value whose every field fits its width, or raises MalformedError; it never trusts a length.
 * Nothing is verified here: signatures, quorums and digests are the replica's business.
+* What a proposal names twice is malformed: no honest leader does it, and the replica need not look again.
 * Unknown fields are ignored, so that a newer minor version can add some; what is hashed or signed has no room for any.
 """
 
@@ -27,10 +28,12 @@ from cybermesh.consensus.types import (
     Evidence,
     Forward,
     GetBlocks,
+    GetPayload,
     Header,
     Height,
     MalformedError,
-    Message,
+    Payload,
+    Proposal,
     QuorumCert,
     Round,
     Sync,
@@ -48,14 +51,23 @@ _ROUND_MAX: Final = 2**63
 W = TypeVar("W", bound=Wire)
 
 
-def encode_message(message: Message) -> bytes:
+WireMessage = Proposal | GetPayload | Payload | Vote | Timeout | Sync | GetBlocks | Blocks | Forward
+"""What a frame holds: a block travels as a proposal."""
+
+
+def encode_message(message: WireMessage) -> bytes:
     """Return the frame that carries the message to another validator."""
     frame = pb.ConsensusMessage(version=PROTOCOL_VERSION)
     match message:
         case Vote():
             frame.vote.CopyFrom(_vote_out(message))
-        case Block():
-            frame.block.CopyFrom(_block_out(message))
+        case Proposal():
+            frame.proposal.CopyFrom(_proposal_out(message))
+        case GetPayload(epoch, block_hash, digests):
+            asked = pb.GetPayload(epoch=epoch, block_hash=block_hash, digests=b"".join(digests))
+            frame.get_payload.CopyFrom(asked)
+        case Payload(epoch, block_hash, transactions):
+            frame.payload.CopyFrom(pb.Payload(epoch=epoch, block_hash=block_hash, transactions=transactions))
         case Timeout():
             frame.timeout.CopyFrom(_timeout_out(message))
         case Sync():
@@ -72,7 +84,7 @@ def encode_message(message: Message) -> bytes:
     return frame.SerializeToString(deterministic=True)
 
 
-def decode_message(data: bytes) -> Message:
+def decode_message(data: bytes) -> WireMessage:
     """Return the message of a frame.
 
     Raises:
@@ -83,11 +95,15 @@ def decode_message(data: bytes) -> Message:
     frame = _parse(pb.ConsensusMessage(), data)
     if frame.version != PROTOCOL_VERSION:
         raise MalformedError(f"message: protocol version {frame.version} instead of {PROTOCOL_VERSION}")
+    return _body_in(frame)
+
+
+def _body_in(frame: pb.ConsensusMessage) -> WireMessage:
     match frame.WhichOneof("body"):
         case "vote":
             return _vote_in(frame.vote)
-        case "block":
-            return _block_in(frame.block)
+        case "proposal":
+            return _proposal_in(frame.proposal)
         case "timeout":
             return _timeout_in(frame.timeout)
         case "sync":
@@ -100,8 +116,8 @@ def decode_message(data: bytes) -> Message:
         case "forward":
             forward = frame.forward
             return Forward(forward.epoch, _round(forward.round), forward.transaction)
-        case _:
-            raise MalformedError("message: no body that this version knows")
+        case body:
+            return _payload_in(frame, body)
 
 
 def encode_block(block: Block) -> bytes:
@@ -269,6 +285,16 @@ def _block_out(block: Block) -> pb.Block:
     )
 
 
+def _proposal_out(proposal: Proposal) -> pb.Proposal:
+    return pb.Proposal(
+        header=proposal.header.encode(),
+        qc=_qc_out(proposal.qc),
+        tc=None if proposal.tc is None else _tc_out(proposal.tc),
+        digests=b"".join(proposal.digests),
+        signature=proposal.signature,
+    )
+
+
 def _sync_out(sync: Sync) -> pb.Sync:
     return pb.Sync(
         epoch=sync.epoch,
@@ -344,6 +370,36 @@ def _block_in(wire: pb.Block) -> Block:
         tuple(wire.payload),
         _signature(wire.signature),
     )
+
+
+def _proposal_in(wire: pb.Proposal) -> Proposal:
+    whole = _block_in(
+        pb.Block(header=wire.header, qc=wire.qc, tc=wire.tc if wire.HasField("tc") else None, signature=wire.signature)
+    )
+    return Proposal(whole.header, whole.qc, whole.tc, _digests(wire.digests), whole.signature)
+
+
+def _payload_in(frame: pb.ConsensusMessage, body: str | None) -> GetPayload | Payload:
+    match body:
+        case "get_payload":
+            asked = frame.get_payload
+            return GetPayload(asked.epoch, _hash(asked.block_hash), _digests(asked.digests))
+        case "payload":
+            given = frame.payload
+            if len(given.transactions) > PAYLOAD_COUNT_MAX:
+                raise MalformedError(f"payload: {len(given.transactions)} transactions, at most {PAYLOAD_COUNT_MAX}")
+            return Payload(given.epoch, _hash(given.block_hash), tuple(given.transactions))
+        case _:
+            raise MalformedError("message: no body that this version knows")
+
+
+def _digests(data: bytes) -> tuple[bytes, ...]:
+    if len(data) % 32 or len(data) > 32 * PAYLOAD_COUNT_MAX:
+        raise MalformedError(f"digests: {len(data)} bytes; at most {PAYLOAD_COUNT_MAX} of 32")
+    digests = tuple(data[at : at + 32] for at in range(0, len(data), 32))
+    if len(set(digests)) < len(digests):
+        raise MalformedError("digests: one is there twice")
+    return digests
 
 
 def _blocks_in(wire: pb.Blocks) -> Blocks:

@@ -20,7 +20,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar, assert_never
 
-from cybermesh.consensus.codec import decode_message, encode_message
+from cybermesh.consensus.codec import WireMessage, decode_message, encode_message
+from cybermesh.consensus.courier import Courier
 from cybermesh.consensus.events import (
     Accuse,
     Broadcast,
@@ -52,9 +53,12 @@ from cybermesh.consensus.types import (
     Evidence,
     Forward,
     GetBlocks,
+    GetPayload,
     Height,
     MalformedError,
     Message,
+    Payload,
+    Proposal,
     Sync,
     Timeout,
     Vote,
@@ -69,8 +73,10 @@ _QUICK_S: Final = 0.000_5
 _USUAL_OF: Final = 16
 _RETRY_FIRST_S: Final = 0.1
 _RETRY_MAX_S: Final = 5.0
-_KINDS: Final[dict[type[Message], Kind]] = {
-    Block: Kind.PROPOSAL,
+_KINDS: Final[dict[type[WireMessage], Kind]] = {
+    Proposal: Kind.PROPOSAL,
+    GetPayload: Kind.GET_PAYLOAD,
+    Payload: Kind.PAYLOAD,
     Vote: Kind.VOTE,
     Timeout: Kind.TIMEOUT,
     Sync: Kind.SYNC,
@@ -192,6 +198,7 @@ class Driver(Generic[S]):
         self._commits: asyncio.Queue[Commit[S]] = asyncio.Queue(_HAND_OVER_MAX)
         self._requests: asyncio.Queue[ServeBlocks] = asyncio.Queue(_SERVE_MAX)
         self._served: set[int] = set()
+        self._courier = Courier(parts.mempool)
         self._room = asyncio.Event()
         self._is_poked = False
         self._replica: Replica[S] | None = None
@@ -285,7 +292,28 @@ class Driver(Generic[S]):
             except MalformedError:
                 self.counters.refused[frame.peer, "malformed"] += 1
                 continue
-            await self._inbox.put(Received(frame.peer, message))
+            whole = self._unpack(frame.peer, message)
+            if whole is not None:
+                await self._inbox.put(Received(frame.peer, whole))
+
+    def _unpack(self, peer: int, message: WireMessage) -> Message | None:
+        """Return what is for the replica: a proposal only when its whole payload is here."""
+        match message:
+            case Proposal():
+                result = self._courier.take(peer, message)
+            case Payload():
+                result = self._courier.fill(peer, message)
+            case GetPayload():
+                answer = self._courier.serve(message)
+                if answer is not None:
+                    self._post([peer], answer)
+                return None
+            case _:
+                return message
+        if isinstance(result, GetPayload):
+            self._post([peer], result)
+            return None
+        return result
 
     # Effects
 
@@ -330,6 +358,9 @@ class Driver(Generic[S]):
                 assert_never(effect)
 
     def _send(self, peers: Sequence[int], message: Message) -> None:
+        self._post(peers, self._courier.compact(message) if isinstance(message, Block) else message)
+
+    def _post(self, peers: Sequence[int], message: WireMessage) -> None:
         kind = _KINDS[type(message)]
         data = encode_message(message)
         self.counters.sent[kind.value] += 1

@@ -53,6 +53,10 @@ class Mempool:
     def __contains__(self, digest: object) -> bool:
         return digest in self._by_digest
 
+    def get(self, digest: bytes) -> PendingTransaction | None:
+        """Return a waiting transaction."""
+        return self._by_digest.get(digest)
+
     def add(self, transaction: PendingTransaction) -> Admission:
         """Keep the transaction if it is new and fits."""
         if transaction.digest in self._by_digest:

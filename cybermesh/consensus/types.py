@@ -206,6 +206,40 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Proposal:
+    """A block on its way: its transactions are named by their digests, which the header's payload root does not cover."""
+
+    header: Header
+    qc: QuorumCert
+    tc: TimeoutCert | None
+    digests: tuple[bytes, ...]
+    signature: bytes
+
+    @property
+    def hash(self) -> BlockHash:
+        """The identity of the block."""
+        return self.header.hash
+
+
+@dataclass(frozen=True, slots=True)
+class GetPayload:
+    """Asks the sender of a proposal for transactions of the block."""
+
+    epoch: int
+    block_hash: BlockHash
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Transactions of a block, as far as one message holds."""
+
+    epoch: int
+    block_hash: BlockHash
+    transactions: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Sync:
     """Where a node stands; answers messages of old rounds and is exchanged on every connection.
 
@@ -277,7 +311,10 @@ Evidence = DoubleVote | DoubleTimeout | DoubleProposal
 """Proof that the holder of a key broke the protocol; verifiable by anybody who holds the committee."""
 
 Message = Block | Vote | Timeout | Sync | GetBlocks | Blocks | Forward
-"""What validators say to each other."""
+"""What replicas say to each other."""
+
+Parcel = Proposal | GetPayload | Payload
+"""How a block's payload gets from one replica to another."""
 
 
 def accused(evidence: Evidence) -> int:

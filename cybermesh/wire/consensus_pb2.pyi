@@ -247,6 +247,94 @@ class Block(_message.Message):
 Global___Block: _TypeAlias = Block  # noqa: Y015
 
 @_typing.final
+class Proposal(_message.Message):
+    """A block on its way: the receiver fills in the transactions from its mempool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    QC_FIELD_NUMBER: _builtins.int
+    TC_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    header: _builtins.bytes
+    digests: _builtins.bytes
+    """32 bytes each, in the payload's order"""
+    signature: _builtins.bytes
+    @_builtins.property
+    def qc(self) -> Global___QuorumCert: ...
+    @_builtins.property
+    def tc(self) -> Global___TimeoutCert: ...
+    def __init__(
+        self,
+        *,
+        header: _builtins.bytes = ...,
+        qc: Global___QuorumCert | None = ...,
+        tc: Global___TimeoutCert | None = ...,
+        digests: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["qc", b"qc", "tc", b"tc"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "header", b"header", "qc", b"qc", "signature", b"signature", "tc", b"tc"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Proposal: _TypeAlias = Proposal  # noqa: Y015
+
+@_typing.final
+class GetPayload(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    BLOCK_HASH_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    block_hash: _builtins.bytes
+    digests: _builtins.bytes
+    """32 bytes each"""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        block_hash: _builtins.bytes = ...,
+        digests: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hash", b"block_hash", "digests", b"digests", "epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPayload: _TypeAlias = GetPayload  # noqa: Y015
+
+@_typing.final
+class Payload(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    BLOCK_HASH_FIELD_NUMBER: _builtins.int
+    TRANSACTIONS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    block_hash: _builtins.bytes
+    @_builtins.property
+    def transactions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        block_hash: _builtins.bytes = ...,
+        transactions: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hash", b"block_hash", "epoch", b"epoch", "transactions", b"transactions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Payload: _TypeAlias = Payload  # noqa: Y015
+
+@_typing.final
 class Sync(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -368,17 +456,17 @@ class ConsensusMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
-    BLOCK_FIELD_NUMBER: _builtins.int
     VOTE_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     SYNC_FIELD_NUMBER: _builtins.int
     GET_BLOCKS_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     FORWARD_FIELD_NUMBER: _builtins.int
+    PROPOSAL_FIELD_NUMBER: _builtins.int
+    GET_PAYLOAD_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """protocol version of the sender"""
-    @_builtins.property
-    def block(self) -> Global___Block: ...
     @_builtins.property
     def vote(self) -> Global___Vote: ...
     @_builtins.property
@@ -391,23 +479,31 @@ class ConsensusMessage(_message.Message):
     def blocks(self) -> Global___Blocks: ...
     @_builtins.property
     def forward(self) -> Global___Forward: ...
+    @_builtins.property
+    def proposal(self) -> Global___Proposal: ...
+    @_builtins.property
+    def get_payload(self) -> Global___GetPayload: ...
+    @_builtins.property
+    def payload(self) -> Global___Payload: ...
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
-        block: Global___Block | None = ...,
         vote: Global___Vote | None = ...,
         timeout: Global___Timeout | None = ...,
         sync: Global___Sync | None = ...,
         get_blocks: Global___GetBlocks | None = ...,
         blocks: Global___Blocks | None = ...,
         forward: Global___Forward | None = ...,
+        proposal: Global___Proposal | None = ...,
+        get_payload: Global___GetPayload | None = ...,
+        payload: Global___Payload | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "blocks", b"blocks", "body", b"body", "forward", b"forward", "get_blocks", b"get_blocks", "sync", b"sync", "timeout", b"timeout", "vote", b"vote"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "body", b"body", "forward", b"forward", "get_blocks", b"get_blocks", "get_payload", b"get_payload", "payload", b"payload", "proposal", b"proposal", "sync", b"sync", "timeout", b"timeout", "vote", b"vote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "blocks", b"blocks", "body", b"body", "forward", b"forward", "get_blocks", b"get_blocks", "sync", b"sync", "timeout", b"timeout", "version", b"version", "vote", b"vote"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "body", b"body", "forward", b"forward", "get_blocks", b"get_blocks", "get_payload", b"get_payload", "payload", b"payload", "proposal", b"proposal", "sync", b"sync", "timeout", b"timeout", "version", b"version", "vote", b"vote"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["block", "vote", "timeout", "sync", "get_blocks", "blocks", "forward"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["vote", "timeout", "sync", "get_blocks", "blocks", "forward", "proposal", "get_payload", "payload"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 

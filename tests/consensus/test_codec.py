@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -32,8 +33,11 @@ from cybermesh.consensus.types import (
     DoubleVote,
     Forward,
     GetBlocks,
+    GetPayload,
     Header,
     MalformedError,
+    Payload,
+    Proposal,
     QuorumCert,
     Sync,
     Timeout,
@@ -64,7 +68,9 @@ blocks = st.builds(Block, headers, qcs, st.none() | tcs, st.lists(st.binary(max_
 messages = st.one_of(
     votes,
     timeouts,
-    blocks,
+    st.builds(Proposal, headers, qcs, st.none() | tcs, st.lists(digests, max_size=4, unique=True).map(tuple), signatures),
+    st.builds(GetPayload, epochs, digests, st.lists(digests, max_size=4, unique=True).map(tuple)),
+    st.builds(Payload, epochs, digests, st.lists(st.binary(max_size=20), max_size=4).map(tuple)),
     st.builds(Sync, epochs, qcs, st.none() | tcs, rounds, u64, st.booleans()),
     st.builds(GetBlocks, epochs, rounds, digests),
     st.builds(Blocks, epochs, st.lists(blocks, min_size=1, max_size=3).map(tuple), qcs),
@@ -123,7 +129,15 @@ def wire_vote(**fields) -> bytes:
 
 
 def wire_block(**fields) -> bytes:
-    return pb.ConsensusMessage(version=1, block=pb.Block(**fields)).SerializeToString()
+    certificate = pb.QuorumCert(block_hash=bytes(32), parent_hash=bytes(32))
+    blocks = pb.Blocks(blocks=[pb.Block(qc=certificate, signature=bytes(64), **fields)], certificate=certificate)
+    return pb.ConsensusMessage(version=1, blocks=blocks).SerializeToString()
+
+
+def wire_proposal(digests: bytes, header: bytes = bytes(248)) -> bytes:
+    certificate = pb.QuorumCert(block_hash=bytes(32), parent_hash=bytes(32))
+    proposal = pb.Proposal(header=header, qc=certificate, digests=digests, signature=bytes(64))
+    return pb.ConsensusMessage(version=1, proposal=proposal).SerializeToString()
 
 
 @pytest.mark.parametrize(
@@ -138,11 +152,21 @@ def wire_block(**fields) -> bytes:
         pytest.param(pb.ConsensusMessage(version=2, vote=pb.Vote()).SerializeToString(), id="a newer version"),
         pytest.param(b"\xff" * 20, id="no protobuf"),
         pytest.param(b"\x00" * (MESSAGE_BYTES_MAX + 1), id="too long"),
-        pytest.param(wire_block(header=bytes(247), signature=bytes(64)), id="a short header"),
-        pytest.param(wire_block(header=bytes(56) + b"\x80" + bytes(191), signature=bytes(64)), id="a time without a successor"),
+        pytest.param(wire_block(header=bytes(247)), id="a short header"),
+        pytest.param(wire_block(header=bytes(56) + b"\x80" + bytes(191)), id="a time without a successor"),
         pytest.param(
-            wire_block(header=bytes(248), payload=[b""] * (PAYLOAD_COUNT_MAX + 1), signature=bytes(64)),
+            wire_block(header=bytes(248), payload=[b""] * (PAYLOAD_COUNT_MAX + 1)),
             id="too many transactions",
+        ),
+        pytest.param(wire_proposal(bytes(33)), id="digests of another length"),
+        pytest.param(wire_proposal(bytes(64)), id="a transaction named twice"),
+        pytest.param(wire_proposal(random.Random(1).randbytes(32 * (PAYLOAD_COUNT_MAX + 1))), id="too many digests"),
+        pytest.param(wire_proposal(b"", header=bytes(247)), id="a proposal with a short header"),
+        pytest.param(
+            pb.ConsensusMessage(
+                version=1, payload=pb.Payload(block_hash=bytes(32), transactions=[b""] * (PAYLOAD_COUNT_MAX + 1))
+            ).SerializeToString(),
+            id="too many transactions in an answer",
         ),
         pytest.param(pb.ConsensusMessage(version=1, blocks=pb.Blocks()).SerializeToString(), id="no blocks"),
         pytest.param(
@@ -164,6 +188,8 @@ def wire_block(**fields) -> bytes:
 )
 def test_what_breaks_a_limit_is_refused(data: bytes):
     assert isinstance(decode_message(wire_vote()), Vote)
+    assert isinstance(decode_message(wire_block(header=bytes(248))), Blocks)
+    assert isinstance(decode_message(wire_proposal(bytes(32))), Proposal)
     with pytest.raises(MalformedError):
         decode_message(data)
 

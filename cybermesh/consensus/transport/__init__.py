@@ -17,6 +17,8 @@ class Kind(enum.Enum):
     GET_BLOCKS = "get_blocks"
     BLOCKS = "blocks"
     FORWARD = "forward"
+    GET_PAYLOAD = "get_payload"
+    PAYLOAD = "payload"
 
 
 @dataclass(frozen=True, slots=True)

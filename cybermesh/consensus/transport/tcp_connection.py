@@ -171,6 +171,7 @@ class Connection(asyncio.Protocol):
     def _answer(self, data: bytes) -> None:
         if data:
             self.write(data)
+            self._flush()  # a spare connection may be ended in this very turn, and its peer must have heard who it was
 
     def pause_writing(self) -> None:
         """Remember since when the peer takes nothing."""

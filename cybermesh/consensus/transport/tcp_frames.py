@@ -38,6 +38,8 @@ TAGS: Final[dict[Kind, int]] = {
     Kind.GET_BLOCKS: 5,
     Kind.BLOCKS: 6,
     Kind.FORWARD: 7,
+    Kind.GET_PAYLOAD: 8,
+    Kind.PAYLOAD: 9,
 }
 KINDS: Final = {tag: kind for kind, tag in TAGS.items()}
 GREETING_BODY_MAX: Final = 256
