@@ -2,15 +2,17 @@
 
 Flows are written as they finish, so memory does not grow with the capture. All inputs go through one meter: a capture that was
 split into files gives the flows of the whole. An input that cannot be read is reported and the others are still metered; the
-exit code is then 1.
+exit code is then 1. Ctrl-C ends a live capture in order, with the flows that were open; of files it just stops.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
@@ -19,15 +21,17 @@ import typer
 
 from cybermesh.cli import output
 from cybermesh.telemetry.counters import Counters
+from cybermesh.telemetry.flow_rows import no_flows
 from cybermesh.telemetry.flows import FlowBatch
 from cybermesh.telemetry.packets import PacketBatch
 from cybermesh.telemetry.sources import DEFAULT_BLOCK, Batch, Source, SourceError
 
 if TYPE_CHECKING:
+    from cybermesh.cli.flow_sinks import FlowSink
     from cybermesh.telemetry.metering import Meter
 
 RETAINED_FLOWS = 65_536  # below, every flow is kept to the end of the input, so that no disorder matters; about 50 MB
-_SLICE = 4096  # flows formatted at once
+_DRAINED = 4096  # flows at once, when the input has ended
 
 
 class FlowFormat(StrEnum):
@@ -45,6 +49,19 @@ class FlowColumns(StrEnum):
     CIC = "cic"
 
 
+class Compatibility(StrEnum):
+    """Whose faults are reproduced."""
+
+    CICFLOWMETER = "cicflowmeter"
+
+
+class FlowTarget(StrEnum):
+    """Which bus the flows go to."""
+
+    KAFKA = "kafka"
+    LOCAL = "local"
+
+
 @dataclass(slots=True)
 class FlowTotals:
     """What a run metered."""
@@ -56,26 +73,80 @@ class FlowTotals:
     failed_inputs: int = 0
 
 
+@dataclass(slots=True)
+class Run:
+    """One run over some inputs: what reads and meters them, and what came of it."""
+
+    inputs: Sequence[str]
+    block: int
+    meter: Meter
+    open_source: Callable[..., Source]
+    totals: FlowTotals = field(default_factory=FlowTotals)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def flows(self) -> Iterator[FlowBatch]:
+        """Meter the inputs in order, as one stream of packets; yield what has finished, at first and after each batch.
+
+        Inputs that cannot be read, and packets that are not metered, are explained on stderr.
+        """
+        totals, progress = self.totals, _Progress(len(self.inputs))
+        for number, spec in enumerate(self.inputs):
+            try:
+                source = self.open_source(spec, block=self.block)
+            except SourceError as error:
+                totals.failed_inputs += 1
+                output.complain(str(error))
+                continue
+            with closing(source):
+                yield no_flows()
+                try:
+                    for batch in source.batches():
+                        finished = _finished(batch, self.meter)
+                        totals.flows += len(finished)
+                        yield finished
+                        progress.update(source, number, totals.packets + source.counters.packets)
+                        if self.stopped.is_set():
+                            break
+                except KeyboardInterrupt:
+                    if not is_live(spec):
+                        raise
+                finally:
+                    progress.clear()
+                _explain(source.name, source.counters)
+                totals.packets += source.counters.packets
+                totals.metered += source.counters.metered
+        if totals.failed_inputs == len(self.inputs):
+            return
+        for rest in self.meter.drain(_DRAINED):
+            totals.flows += len(rest)
+            yield rest
+        totals.evicted = self.meter.evicted
+
+
 class _Progress:
     """A line on stderr that shows how far a long run has come: on a terminal only, after the first second."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int) -> None:
         self._enabled = sys.stderr.isatty()
+        self._inputs = inputs
         self._began = time.monotonic()
         self._next = self._began + 1.0
         self._shown = False
 
-    def update(self, source: Source, packets: int) -> None:
+    def update(self, source: Source, number: int, packets: int) -> None:
         now = time.monotonic()
         if not self._enabled or now < self._next:
             return
         self._next = now + 0.2
         self._shown = True
-        share = source.progress
-        where = f"{share:4.0%}" if share is not None else "    "
-        left = f", {(now - self._began) * (1 - share) / share:.0f} s left" if share else ""
-        rate = packets / (now - self._began)
-        sys.stderr.write(f"\r\x1b[K{where} {source.name}: {packets:,} packets, {rate:,.0f}/s{left}")
+        passed, share = now - self._began, source.progress
+        where, left = "", ""
+        if share is not None:
+            share = (number + share) / self._inputs
+            where = f"{share:4.0%} "
+            left = f", {passed * (1 - share) / share:.0f} s left" if share else ""
+        which = f" ({number + 1} of {self._inputs})" if self._inputs > 1 else ""
+        sys.stderr.write(f"\r\x1b[K{where}{source.name}{which}: {packets:,} packets, {packets / passed:,.0f}/s{left}")
         sys.stderr.flush()
 
     def clear(self) -> None:
@@ -86,81 +157,119 @@ class _Progress:
 
 def flows(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Captures (pcap, pcapng, .gz, .zst), or - for stdin.")
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Captures (pcap, pcapng, .gz, .zst) or folders of them, - for stdin, live:eth0; also csv:, zeek:, eve: for"
+            " flows that others metered.",
+        ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="Write here instead of to stdout.")] = None,
     form: Annotated[FlowFormat, typer.Option("--format", help="csv, ndjson, or parquet.")] = FlowFormat.CSV,
-    columns: Annotated[FlowColumns, typer.Option(help="Our names, or CICFlowMeter's.")] = FlowColumns.CYBERMESH,
+    columns: Annotated[FlowColumns, typer.Option(help="Our names, or CICFlowMeter's (CSV).")] = FlowColumns.CYBERMESH,
+    compat: Annotated[
+        Compatibility | None,
+        typer.Option(help="Reproduce the original tool, faults included; slow. With --columns cic: 2017's."),
+    ] = None,
+    to: Annotated[FlowTarget | None, typer.Option(help="Publish to telemetry.features.v1 instead of writing.")] = None,
+    sensor: Annotated[str, typer.Option(help="With --to: who metered; default: this host's name.")] = "",
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="With --to: TOML file with the bus settings.")] = None,
     block: Annotated[int, typer.Option(min=1, max=1_048_576, help="Packets worked on at once.")] = DEFAULT_BLOCK,
 ) -> None:
     """Meter captures: one row per flow, with identifiers and 79 features.
 
-    Examples: cybermesh flows trace.pcap > flows.csv; tcpdump -w - | cybermesh flows - --format ndjson
+    Examples: cybermesh flows trace.pcap > flows.csv; tcpdump -w - | cybermesh flows - --format ndjson;
+    cybermesh flows captures/ --format parquet --out flows.parquet; KAFKA_BROKERS=k1:9092 cybermesh flows live:eth0 --to kafka
     """
-    _check(inputs, out, form, columns)
+    wanted = Wanted(form, columns, compat, out)
+    wanted.check(inputs, to)
     began = time.monotonic()
-    with ExitStack() as stack:
-        sink: BinaryIO = sys.stdout.buffer
-        if out is not None:
-            try:
-                sink = stack.enter_context(out.open("wb"))
-            except OSError as error:
-                raise output.CommandError(f"{out}: cannot be written: {error.strerror}; choose another --out") from error
-        totals = run_flows(inputs, sink, form, columns, block)
-        sink.flush()
-    if totals.failed_inputs < len(inputs):
-        _summarise(totals, time.monotonic() - began)
-    if totals.failed_inputs:
+    run = prepare(inputs, compat, block)
+    if to is not None:
+        from cybermesh.cli.flow_publish import publish
+
+        publish(run, to, sensor, config)
+    else:
+        with ExitStack() as stack:
+            sink: FlowSink | None = None
+            for finished in run.flows():
+                if sink is None:  # an input could be read: now the output may be touched
+                    sink = wanted.open(stack)
+                sink.write(finished)
+    if run.totals.failed_inputs < len(inputs):
+        _summarise(run.totals, time.monotonic() - began)
+    if run.totals.failed_inputs:
         raise typer.Exit(1)
 
 
-def run_flows(inputs: list[str], sink: BinaryIO, form: FlowFormat, columns: FlowColumns, block: int) -> FlowTotals:
-    """Meter the inputs in order, as one stream of packets, and write their flows to ``sink``.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a user asked for."""
 
-    Inputs that cannot be read, and packets that are not metered, are explained on stderr.
-    """
-    from cybermesh.cli import flow_rows
-    from cybermesh.telemetry.metering import choose
+    form: FlowFormat
+    columns: FlowColumns
+    compat: Compatibility | None
+    out: Path | None
 
-    write = {
-        (FlowFormat.CSV, FlowColumns.CYBERMESH): flow_rows.csv_rows,
-        (FlowFormat.CSV, FlowColumns.CIC): flow_rows.cic_rows,
-        (FlowFormat.NDJSON, FlowColumns.CYBERMESH): flow_rows.ndjson_rows,
-    }[form, columns]
-    header = (
-        b"" if form is FlowFormat.NDJSON else flow_rows.cic_header() if columns is FlowColumns.CIC else flow_rows.csv_header()
-    )
-    metering = choose(inputs, tell=output.note)
-    meter, totals, progress = metering.new_meter(retain=RETAINED_FLOWS), FlowTotals(), _Progress()
-    for spec in inputs:
-        try:
-            source = metering.open_source(spec, block=block)
-        except SourceError as error:
-            totals.failed_inputs += 1
-            output.complain(str(error))
-            continue
-        sink.write(header)
-        header = b""
-        with closing(source):
-            for batch in source.batches():
-                finished = _finished(batch, meter)
-                if finished is None:
-                    continue
-                totals.flows += len(finished)
-                sink.writelines(write(finished.take(slice(at, at + _SLICE))) for at in range(0, len(finished), _SLICE))
-                progress.update(source, totals.packets + source.counters.packets)
-            progress.clear()
-            _explain(source.name, source.counters)
-            totals.packets += source.counters.packets
-            totals.metered += source.counters.metered
-    for rest in meter.drain(_SLICE):
-        totals.flows += len(rest)
-        sink.write(write(rest))
-    totals.evicted = meter.evicted
-    return totals
+    def check(self, inputs: Sequence[str], to: FlowTarget | None) -> None:
+        """Refuse what cannot be done before anything is touched."""
+        out = self.out
+        if self.columns is FlowColumns.CIC and self.form is not FlowFormat.CSV:
+            raise output.CommandError("--columns cic is a CSV layout; add --format csv", 2)
+        if to is not None and (out is not None or self.form is not FlowFormat.CSV or self.columns is not FlowColumns.CYBERMESH):
+            raise output.CommandError(f"--to {to.value} publishes messages; leave --out, --format and --columns away", 2)
+        if to is not None and self.compat is not None:
+            raise output.CommandError(
+                f"--to {to.value}: detectors learn from flows as they are defined; leave --compat away", 2
+            )
+        if out is not None and out.exists() and any(Path(name).exists() and out.samefile(name) for name in inputs):
+            raise output.CommandError(f"{out}: is also an input and would be overwritten; choose another --out", 2)
+        if self.form is FlowFormat.PARQUET and out is None and sys.stdout.isatty():
+            raise output.CommandError("--format parquet is not for a terminal; add --out FILE", 2)
+
+    def open(self, stack: ExitStack) -> FlowSink:
+        """Open the output; the stack closes it."""
+        from cybermesh.cli import flow_rows
+        from cybermesh.cli.flow_sinks import ParquetSink, TextSink
+
+        target: BinaryIO = sys.stdout.buffer
+        if self.out is not None:
+            try:
+                target = stack.enter_context(self.out.open("wb"))
+            except OSError as error:
+                raise output.CommandError(f"{self.out}: cannot be written: {error.strerror}; choose another --out") from error
+        if self.form is FlowFormat.PARQUET:
+            return stack.enter_context(closing(ParquetSink(target)))
+        if self.form is FlowFormat.NDJSON:
+            return stack.enter_context(closing(TextSink(target, b"", flow_rows.ndjson_rows)))
+        header, rows = flow_rows.csv_header, flow_rows.csv_rows
+        if self.columns is FlowColumns.CIC:
+            header, rows = flow_rows.cic_header, flow_rows.cic_rows
+            if self.compat is not None:
+                header, rows = flow_rows.original_header, flow_rows.original_rows
+        return stack.enter_context(closing(TextSink(target, header(), rows)))
 
 
-def _finished(batch: Batch, meter: Meter) -> FlowBatch | None:
+def prepare(inputs: Sequence[str], compat: Compatibility | None, block: int) -> Run:
+    """Return a run with the meter that suits the inputs."""
+    from cybermesh.telemetry.metering import choose, compiled
+
+    if compat is not None:
+        from cybermesh.telemetry.compat import CompatMeter
+        from cybermesh.telemetry.sources.choose import open_source
+
+        return Run(inputs, block, CompatMeter(), open_source)
+    live = any(map(is_live, inputs))
+    metering = compiled() if live else choose(inputs, tell=output.note)
+    return Run(inputs, block, metering.new_meter(retain=0 if live else RETAINED_FLOWS), metering.open_source)
+
+
+def is_live(spec: str) -> bool:
+    """Return whether an input is a network interface, which never ends by itself."""
+    return spec.startswith("live:") and not Path(spec).exists()
+
+
+def _finished(batch: Batch, meter: Meter) -> FlowBatch:
     """Return the flows that are finished with a batch: metered from packets, or as another meter reported them."""
     match batch:
         case PacketBatch():
@@ -168,19 +277,7 @@ def _finished(batch: Batch, meter: Meter) -> FlowBatch | None:
         case FlowBatch():
             return batch
         case _:
-            return None  # events are no flows
-
-
-def _check(inputs: list[str], out: Path | None, form: FlowFormat, columns: FlowColumns) -> None:
-    """Refuse what cannot be done before anything is touched."""
-    if form is FlowFormat.PARQUET:
-        raise output.CommandError(
-            "--format parquet needs the optional pyarrow, which this version does not use yet; use csv", 2
-        )
-    if form is FlowFormat.NDJSON and columns is FlowColumns.CIC:
-        raise output.CommandError("--columns cic is a CSV layout; add --format csv", 2)
-    if out is not None and out.exists() and any(Path(name).exists() and out.samefile(name) for name in inputs):
-        raise output.CommandError(f"{out}: is also an input and would be overwritten; choose another --out", 2)
+            return no_flows()  # logins, web requests and names asked for are none
 
 
 def _explain(name: str, counters: Counters) -> None:

@@ -42,6 +42,7 @@ _ORIGINAL = {
     "fwd_act_data_pkts": "act_data_pkt_fwd",
     "fwd_seg_size_min": "min_seg_size_forward",
 }
+ORIGINAL_NAMES = CIC_NAMES | _ORIGINAL
 
 # Columns that every CIC tool fills by another rule than this project's (features specification, sections 7 and 8); the last one
 # is our finding: where the first packet carries data, the 2022 tables count one packet fewer.
@@ -85,19 +86,18 @@ def abbreviated(name: str) -> str:
 
 
 def _variants() -> tuple[Variant, ...]:
-    original = CIC_NAMES | _ORIGINAL
     own = {feature: feature for feature in NAMES}
     return (
         Variant(IMPROVED, CIC_NAMES, "Timestamp", addresses=("Src IP", "Dst IP")),
         Variant(
             "CIC with addresses (2017 and 2019, 85 or 88 columns)",
-            original,
+            ORIGINAL_NAMES,
             "Timestamp",
             addresses=("Source IP", "Destination IP"),
         ),
         Variant(
             "CIC-IDS2017 MachineLearningCVE (79 columns)",
-            {feature: column for feature, column in original.items() if feature not in {"src_port", "protocol"}},
+            {feature: column for feature, column in ORIGINAL_NAMES.items() if feature not in {"src_port", "protocol"}},
             None,
         ),
         Variant(

@@ -41,7 +41,7 @@ class DnsBatch:
 
     Addresses as in ``PacketBatch``. ``client`` asked and ``server`` answers, whichever of them sent the message; ``port`` is
     the server's. ``name`` is the first question's, in lower case, labels joined by dots without one at the end, "." for the
-    root and "" where the row has none; bytes other than printable ASCII are written ``\\DDD`` (RFC 4343), so that it is safe
+    root and "" where the row has none; bytes other than printable ASCII are written ``\DDD`` (RFC 4343), so that it is safe
     to show, and ``name_length`` is its length without that. What the origin cannot tell is 0.
     """
 

@@ -96,6 +96,12 @@ def flow_batch(
     )
 
 
+def no_flows() -> FlowBatch:
+    """Return an empty batch."""
+    nothing = np.zeros(0, np.int64)
+    return flow_batch([], Times(nothing, nothing), np.zeros((0, len(NAMES))), np.ones(len(NAMES), np.bool_))
+
+
 def counted_flows(ends: Sequence[Ends], counted: Sequence[Counted]) -> FlowBatch:
     """Return flows of which only a few numbers are known, the same ones of all (``Counted.lacking``), with what follows."""
     raw = [[0 if value is None else value for value in row] for row in counted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import gzip
 import io
@@ -12,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from cybermesh.bus import Delivery
+from cybermesh.bus.local import LocalBus
 from cybermesh.cli import main
 from cybermesh.cli.flow_rows import IDENTIFIERS
+from cybermesh.telemetry.counters import Counters
 from cybermesh.telemetry.features import NAMES
+from cybermesh.telemetry.flow_messages import from_message
+from cybermesh.wire import codec
 from tests.telemetry import frames
 from tests.telemetry.sources import captures
 
@@ -123,12 +129,131 @@ def test_out_writes_a_file_and_never_over_an_input(capsysbinary, talk: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [([], 2), (["/nonexistent"], 1), (["x", "--format", "parquet"], 2), (["x", "--block", "0"], 2)]
+    ("arguments", "code"),
+    [
+        ([], 2),
+        (["/nonexistent"], 1),
+        (["x", "--format", "ndjson", "--columns", "cic"], 2),
+        (["x", "--to", "kafka", "--compat", "cicflowmeter"], 2),
+        (["x", "--block", "0"], 2),
+    ],
 )
 def test_wrong_use_and_missing_input_have_their_exit_codes(capsysbinary, arguments: list[str], code: int) -> None:
     got, out, err = run(capsysbinary, *arguments)
     assert (got, out) == (code, "")
     assert "Traceback" not in err
+
+
+def test_parquet_has_typed_columns_in_bounded_row_groups(capsysbinary, talk: Path, tmp_path: Path, monkeypatch) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("cybermesh.cli.flow_sinks.ROW_GROUP", 2)
+    target = tmp_path / "flows.parquet"
+    path = tmp_path / "many.pcap"
+    requests = [frames.ethernet(frames.ipv4(6, frames.tcp(1000 + n, 80, 2, b"x" * n))) for n in range(5)]
+    path.write_bytes(captures.pcap([(n, request) for n, request in enumerate(requests)]))
+    assert run(capsysbinary, str(path), "--format", "parquet", "--out", str(target))[:2] == (0, "")
+    file = parquet.ParquetFile(target)
+    assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [2, 2, 1]
+    kinds = {field.name: str(field.type) for field in file.schema_arrow}
+    assert list(kinds) == [*IDENTIFIERS, *NAMES]
+    told = ("single_packet", "start_us", "src_port", "pkt_len_std", "subflow_fwd_pkts", "totlen_fwd_pkts")
+    assert [kinds[name] for name in told] == ["bool", "int64", "int64", "double", "double", "int64"]
+    read = file.read().to_pylist()
+    for flow, row in zip(read, rows(run(capsysbinary, str(path))[1]), strict=True):
+        assert all(float(row[name]) == flow[name] for name in NAMES)
+        assert [flow[name] for name in ("flow_id", "src_ip", "end_reason")] == [row["flow_id"], "10.0.0.1", "capture_end"]
+    assert read[0]["single_packet"] is True
+
+
+def test_parquet_without_pyarrow_is_one_clear_line(capsysbinary, talk: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, out, err = run(capsysbinary, str(talk), "--format", "parquet")
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "cybermesh: --format parquet needs pyarrow: pip install 'cybermesh[parquet]', or use --format csv"
+    ]
+
+
+def test_what_an_input_cannot_tell_is_empty_and_reads_back_as_unknown(capsysbinary, tmp_path: Path) -> None:
+    record = {"ts": 1.5, "id.orig_h": "192.0.2.7", "id.orig_p": 5000, "id.resp_h": "192.0.2.9", "id.resp_p": 22, "proto": "tcp"}
+    record |= {"_path": "conn", "conn_state": "SF", "orig_pkts": 5, "resp_pkts": 4, "orig_bytes": 7, "resp_bytes": 8}
+    path, table = tmp_path / "conn.log", tmp_path / "conn.csv"
+    path.write_text(json.dumps(record | {"duration": 2.0}) + "\n" + json.dumps(record) + "\n")
+    text = run(capsysbinary, str(path))[1]
+    with_duration, without = rows(text)
+    assert (with_duration["flow_duration"], without["flow_duration"], without["syn_flag_cnt"]) == ("2000000", "", "")
+    lines = run(capsysbinary, str(path), "--format", "ndjson")[1].splitlines()
+    assert [json.loads(line)["flow_duration"] for line in lines] == [2_000_000, None]
+    table.write_text(text)
+    assert run(capsysbinary, str(table))[1] == text
+
+
+def test_compat_writes_the_table_of_2017_which_reads_back(capsysbinary, tmp_path: Path) -> None:
+    path, table = tmp_path / "one.pcap", tmp_path / "one.csv"
+    path.write_bytes(captures.pcap([(1_500_000_000_000_000, REQUEST)]))
+    code, out, _ = run(capsysbinary, str(path), "--compat", "cicflowmeter", "--columns", "cic")
+    header, line = (text.split(",") for text in out.splitlines())
+    assert (code, len(header), len(line)) == (0, 85, 85)
+    told = dict(zip(header, line, strict=True))
+    assert told["Flow Bytes/s"] == "NaN"
+    assert told["Flow Packets/s"] == "Infinity"
+    assert (told["Timestamp"], told["Label"]) == ("14/07/2017 02:40:00 AM", "NeedManualLabel")
+    assert header.count("Fwd Header Length") == 2
+    table.write_text(out)
+    (row,) = rows(run(capsysbinary, str(table))[1])
+    assert (row["src_ip"], row["start_us"], row["flow_byts_s"]) == ("10.0.0.1", "1500000000000000", "0")
+    assert json.loads(run(capsysbinary, str(path), "--compat", "cicflowmeter", "--format", "ndjson")[1])["flow_pkts_s"] is None
+
+
+def test_flows_are_published_as_messages_that_are_acknowledged(capsysbinary, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "many.pcap"
+    requests = [frames.ethernet(frames.ipv4(6, frames.tcp(1000 + n, 80, 2, b"x" * n))) for n in range(25)]
+    path.write_bytes(captures.pcap([(n, request) for n, request in enumerate(requests)]))
+    monkeypatch.setenv("CYBERMESH_BUS__PATH", str(tmp_path / "bus.db"))
+    monkeypatch.setenv("TELEMETRY_BATCH_SIZE", "10")
+    code, out, err = run(capsysbinary, str(path), "--to", "local", "--sensor", "gate")
+    assert (code, out) == (0, "")
+    assert "25 flows in 3 messages acknowledged by telemetry.features.v1" in err
+
+    async def deliveries() -> list[Delivery]:
+        async with (
+            LocalBus(tmp_path / "bus.db", lambda: 0) as bus,
+            bus.subscribe(["telemetry.features.v1"], "test") as subscription,
+            asyncio.timeout(20),
+        ):
+            return [await anext(aiter(subscription)) for _ in range(3)]
+
+    counters = Counters()
+    found = asyncio.run(deliveries())
+    assert {delivery.key for delivery in found} == {b"gate"}
+    flows = [from_message(codec.decode_flow_features(delivery.value), counters) for delivery in found]
+    assert [len(batch) for batch in flows] == [10, 10, 5]
+    assert counters.metered == 25
+    table = rows(run(capsysbinary, str(path))[1])
+    assert [[float(row[name]) for name in NAMES] for row in table] == [
+        row for batch in flows for row in batch.features.tolist()
+    ]
+
+
+def test_a_bus_that_cannot_be_reached_is_one_clear_line(capsysbinary, talk: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CYBERMESH_BUS__PATH", str(tmp_path / "file" / "bus.db"))
+    code, out, err = run(capsysbinary, str(talk), "--to", "local")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    monkeypatch.setenv("TOPIC_TELEMETRY_FEATURES", "")
+    assert run(capsysbinary, str(talk), "--to", "local")[0] == 2
+
+
+@pytest.mark.parametrize("form", ["csv", "ndjson"])
+def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "many.pcap"
+    requests = [frames.ethernet(frames.ipv4(6, frames.tcp(n, 80, 2, b""))) for n in range(4000)]
+    path.write_bytes(captures.pcap([(n, request) for n, request in enumerate(requests)]))
+    command = f"{sys.executable} -c 'from cybermesh.cli import main; main()' flows {path} --format {form} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1
+    assert not [line for line in done.stderr.splitlines() if "Error" in line or "cybermesh:" in line]
 
 
 def test_block_size_changes_no_byte_of_the_output(capsysbinary, tmp_path: Path) -> None:

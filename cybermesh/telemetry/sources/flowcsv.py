@@ -3,8 +3,8 @@
 Rules:
 
 - the header decides the variant (``cic_columns``); an unknown one is refused with the nearest and the columns that differ;
-- what a variant does not have, or means otherwise, is masked; known deviations of the tools are undone, so no number is ever
-  negative or infinite;
+- what a variant does not have, or means otherwise, is masked, and so is a feature's empty cell; known deviations of the tools
+  are undone, so no number is ever negative or infinite;
 - times become microseconds: some versions of the Python tool write seconds, which their own rates give away;
 - times of day without a zone are UTC; day comes before month, as in all published tables.
 """
@@ -76,6 +76,7 @@ class _Row(NamedTuple):
     start_us: int
     duration_us: int | None
     reason: int
+    blank: tuple[int, ...] = ()  # features without a value
 
 
 class FlowCsvDecoder:
@@ -118,13 +119,20 @@ class FlowCsvDecoder:
                 rows.append(row[0])
                 values.append(row[1])
         counters.metered += len(rows)
-        return [self._flows(layout, rows, values)] if rows else []
+        ends = [*(number for number in range(1, len(rows)) if rows[number].blank != rows[number - 1].blank), len(rows)]
+        return [
+            self._flows(layout, rows[start:end], values[start:end])
+            for start, end in zip([0, *ends], ends, strict=False)
+            if start < end
+        ]
 
     def _flows(self, layout: _Layout, rows: list[_Row], values: list[list[float]]) -> Batch:
+        """Return rows with the same empty cells as flows."""
         raw = np.zeros((len(rows), len(NAMES)))
         raw[:, [feature for feature, _ in layout.features]] = values
         present = np.zeros(len(NAMES), np.bool_)
         present[[feature for feature, _ in layout.features]] = True
+        present[list(rows[0].blank)] = False
         features, _ = clean(raw, present)
         if self._scale is None:
             self._scale = _scale(features)
@@ -138,7 +146,7 @@ class FlowCsvDecoder:
             duration_us = np.array(told, np.int64)
         reasons = np.array([row.reason for row in rows], np.uint8)
         return flow_batch(
-            [row.ends for row in rows], Times(start_us, start_us + duration_us, reasons), features, layout.known.copy()
+            [row.ends for row in rows], Times(start_us, start_us + duration_us, reasons), features, layout.known & present
         )
 
 
@@ -169,7 +177,11 @@ def _row(layout: _Layout, line: bytes) -> tuple[_Row, list[float]] | str:
     cells = line.split(b",") if b'"' not in line else _quoted(line)
     if len(cells) != layout.width:
         return WRONG_WIDTH
+    blank: tuple[int, ...] = ()
     try:
+        if b"" in cells:
+            blank = tuple(feature for feature, column in layout.features if not cells[column])
+            cells = [cell or b"0" for cell in cells]
         values = [float(cells[column]) for _, column in layout.features]
         more = {name: cells[column] for name, column in layout.more.items()}
         numbers = {name: int(cell) for name, cell in more.items() if name != "end_reason"}
@@ -184,7 +196,8 @@ def _row(layout: _Layout, line: bytes) -> tuple[_Row, list[float]] | str:
         if found[0] is None or found[1] is None:
             return NO_ADDRESS
         src, dst = found[0], found[1]
-    return _checked(layout, src, dst, start_us, (values, numbers, more.get("end_reason", b"external")))
+    row = _checked(layout, src, dst, start_us, (values, numbers, more.get("end_reason", b"external")))
+    return row if isinstance(row, str) or not blank else (row[0]._replace(blank=blank), row[1])
 
 
 def _checked(
