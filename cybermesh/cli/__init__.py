@@ -37,6 +37,7 @@ COMMANDS = {
     "train": Command("train", "train", "Train a classifier on labelled flows."),
     "evaluate": Command("evaluate", "evaluate", "Measure a classifier on labelled flows."),
     "policy": Command("policy", "policy", "List decisions, and prove them."),
+    "ledger": Command("ledger", "app", "Look at, audit, back up and prune the stored chain."),
     "verify": Command("verify", "verify", "Check a decision proof offline."),
     "enforce": Command("enforce", "enforce", "Look at and steer this host's firewall rules."),
     "simulate": Command("simulate", "simulate", "Run consensus against seeded faults."),

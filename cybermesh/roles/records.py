@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cybermesh import proof
@@ -22,11 +22,12 @@ from cybermesh.genesis import Genesis
 from cybermesh.keys import SigningKey
 from cybermesh.ledger.receipts import AnomalyEffect, Code, Receipt
 from cybermesh.ledger.state import Applied, State
-from cybermesh.messages import Commit, Evidence, PolicyUpdate, Rejected, Transaction, TxKind, tx_digest
+from cybermesh.messages import Ack, Commit, Evidence, PolicyUpdate, Rejected, Transaction, TxKind, tx_digest
 from cybermesh.roles.ring import control_domains
 from cybermesh.store.records import (
     CommittedBlock,
     OutboxEvent,
+    StoredAck,
     StoredBlock,
     StoredDecision,
     StoredEvidence,
@@ -38,6 +39,8 @@ from cybermesh.wire.admission import read_transaction, split_transaction
 from cybermesh.wire.control import seal
 
 COMMIT_EVENT, DECISION_EVENT = "commit", "decision"
+UNSIGNED = bytes(64)
+"""Stands for a signature in an outbox row that was restored from an export and is never sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +119,40 @@ def of_block(block: Block, applied: Applied, genesis: Genesis, moment: Moment) -
         transactions=tuple(
             StoredTransaction(header.height, position, tx_digest(raw), raw) for position, raw in enumerate(block.payload)
         ),
-        receipts=tuple(_stored_receipt(receipt, first_leaf + index) for index, receipt in enumerate(applied.receipts)),
+        receipts=tuple(stored_receipt(receipt, first_leaf + index) for index, receipt in enumerate(applied.receipts)),
         decisions=tuple(
             decision
             for index, receipt in enumerate(applied.receipts)
-            for decision in _stored_decisions(receipt, first_leaf + index, applied)
+            for decision in stored_decisions(receipt, first_leaf + index, applied.rules)
         ),
         evidence=tuple(_bodies(transactions, header, genesis)),
         mempool_done=tuple(tx_digest(raw) for raw in block.payload),
     )
 
 
-def _stored_receipt(receipt: Receipt, leaf: int) -> StoredReceipt:
+def stored_ack(ack: Ack, body: bytes) -> StoredAck:
+    """Return an agent's verified ack as a row; ``body`` is the message as it came."""
+    return StoredAck(
+        policy_id=ack.policy_id,
+        decision_seq=ack.decision_seq,
+        agent=ack.pubkey,
+        result=ack.result,
+        error_code=ack.error_code,
+        reason=ack.reason,
+        height=ack.height,
+        applied_at_ms=ack.applied_at_ms,
+        acked_at_ms=ack.acked_at_ms,
+        body=body,
+    )
+
+
+def stored_receipt(receipt: Receipt, leaf: int) -> StoredReceipt:
+    """Return a receipt as a row."""
     return StoredReceipt(leaf, receipt.height, receipt.kind.value, receipt.id, receipt.code.value, receipt.encode())
 
 
-def _stored_decisions(receipt: Receipt, leaf: int, applied: Applied) -> list[StoredDecision]:
+def stored_decisions(receipt: Receipt, leaf: int, rules: Mapping[int, bytes]) -> list[StoredDecision]:
+    """Return the decisions of a receipt as rows; ``rules`` holds the rule of each, by its number."""
     return [
         StoredDecision(
             decision_seq=effect.decision_seq,
@@ -142,7 +163,7 @@ def _stored_decisions(receipt: Receipt, leaf: int, applied: Applied) -> list[Sto
             change=effect.change.value,
             action=effect.action,
             rule_type=effect.rule_type,
-            rule_data=applied.rules[effect.decision_seq],
+            rule_data=rules[effect.decision_seq],
             rule_hash=effect.rule_hash,
             opened_at_ms=effect.opened_at_ms,
             expires_at_ms=effect.expires_at_ms,

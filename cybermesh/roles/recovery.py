@@ -76,8 +76,8 @@ class ServedBlocks:
         try:
             while len(found) < count_max and size <= ANSWER_BYTES_MAX:
                 piece = await self._stored.blocks(from_height + len(found), min(SERVED_PIECE, count_max - len(found)))
-                if not piece:
-                    break
+                if not piece or any(b"" in block.payload for block in piece):
+                    break  # the end, or bodies that were pruned here: another validator may have them
                 found += piece
                 size += sum(len(transaction) for block in piece for transaction in block.payload)
         except (StoreUnavailable, RecoveryError) as error:

@@ -47,7 +47,7 @@ from cybermesh.roles.intake import Intake, MessageCounts, Surroundings
 from cybermesh.roles.patience import Patience
 from cybermesh.roles.ring import control_domains, ledger_ring
 from cybermesh.store.outbox import OutboxPublisher, PublisherParts, publishes_at_once
-from cybermesh.store.records import AuditEntry, StoredAck, StoredSnapshot
+from cybermesh.store.records import AuditEntry, StoredSnapshot
 from cybermesh.store.store import Store
 from cybermesh.wire.control import open_ack
 
@@ -263,18 +263,7 @@ class ValidatorRole:
             self.counts.acks_refused += 1
             self._log.warning("ack_refused", offset=delivery.offset, code=error.code, reason=error.text)
         else:
-            row = StoredAck(
-                policy_id=ack.policy_id,
-                decision_seq=ack.decision_seq,
-                agent=ack.pubkey,
-                result=ack.result,
-                error_code=ack.error_code,
-                reason=ack.reason,
-                height=ack.height,
-                applied_at_ms=ack.applied_at_ms,
-                acked_at_ms=ack.acked_at_ms,
-                body=delivery.value,
-            )
+            row = records.stored_ack(ack, delivery.value)
             self.counts.acks += await self._patience.until_done(lambda: self._parts.store.feedback.add_ack(row))
         await self._patience.until_done(lambda: deliveries.ack(delivery))
 

@@ -29,6 +29,7 @@ from cybermesh.store.node import NodeRecords
 from cybermesh.store.outbox import Outbox
 from cybermesh.store.queries import values_of
 from cybermesh.store.records import CommittedBlock, StoredDecision
+from cybermesh.store.rows import Rows
 
 IN_LIST_MAX = 500
 
@@ -42,6 +43,7 @@ class Store:
         outbox: What is to be published.
         feedback: Acks, labels and lifecycle.
         node: Boots, snapshots and the audit trail.
+        rows: Whole tables, for audits, exports and pruning.
     """
 
     def __init__(self, database: Database) -> None:
@@ -51,9 +53,13 @@ class Store:
         self.outbox = Outbox(database)
         self.feedback = Feedback(database)
         self.node = NodeRecords(database)
+        self.rows = Rows(database)
 
-    async def append(self, blocks: Sequence[CommittedBlock]) -> int:
+    async def append(self, blocks: Sequence[CommittedBlock], *, is_published: bool = False) -> int:
         """Store blocks of consecutive heights, oldest first, in one durable transaction; return how many were new.
+
+        ``is_published`` says that others have published their outbox rows long ago (a restored backup): they are kept, not
+        sent.
 
         Raises:
             BlockConflict: another block is stored at one of the heights; nothing was changed.
@@ -64,7 +70,7 @@ class Store:
         async def work(connection: AsyncConnection) -> int:
             fresh = await _not_stored(connection, blocks)
             if fresh:
-                await _write(connection, fresh)
+                await _write(connection, fresh, is_published=is_published)
             return len(fresh)
 
         return await self._database.write(work) if blocks else 0
@@ -110,7 +116,7 @@ async def _not_stored(connection: AsyncConnection, blocks: Sequence[CommittedBlo
     return fresh
 
 
-async def _write(connection: AsyncConnection, blocks: Sequence[CommittedBlock]) -> None:
+async def _write(connection: AsyncConnection, blocks: Sequence[CommittedBlock], *, is_published: bool) -> None:
     await _insert(connection, tables.blocks, (entry.block for entry in blocks))
     certificates = [{"height": entry.block.height, "body": entry.certificate} for entry in blocks if entry.certificate]
     if certificates:
@@ -123,7 +129,12 @@ async def _write(connection: AsyncConnection, blocks: Sequence[CommittedBlock]) 
         await connection.execute(insert_new(connection, tables.evidence), bodies)
     await _insert(connection, tables.epochs, (row for entry in blocks for row in entry.epochs))
     events = [
-        {**values, "height": entry.block.height, "created_ms": entry.block.committed_ms}
+        {
+            **values,
+            "height": entry.block.height,
+            "created_ms": entry.block.committed_ms,
+            "published_ms": entry.block.committed_ms if is_published else None,
+        }
         for entry in blocks
         for values in values_of(entry.outbox)
     ]

@@ -40,7 +40,8 @@ class History:
         self.sent: list[bytes] = []
         self.last: tuple[bytes, ...] = ()
 
-    def step(self) -> None:
+    def draw(self) -> tuple[bytes, ...]:
+        """Let time pass and return the transactions of one block."""
         self.world.now_ms += self.rng.choice((0, 0, 1, 1, 300, 1_000, 5_000, 30_000, 61_000, 400_000))
         drawn = [raw for _ in range(self.rng.randrange(5)) for raw in self._draw()]
         if self.sent and self.rng.random() < 0.2:
@@ -48,7 +49,10 @@ class History:
         chosen = tuple(dict.fromkeys(drawn))
         self.sent += chosen
         self.last = chosen
-        self.world.apply(*chosen)
+        return chosen
+
+    def step(self) -> None:
+        self.world.apply(*self.draw())
 
     def _draw(self) -> list[bytes]:
         return self.rng.choice((self._case, self._case, self._pieces, self._command, self._command))()
