@@ -32,7 +32,7 @@ from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.driver import Driver, Shell
 from cybermesh.consensus.events import Commit, SafetyRecord
 from cybermesh.consensus.journal import Journal
-from cybermesh.consensus.leader import RoundRobin
+from cybermesh.consensus.leader import Reputation
 from cybermesh.consensus.mempool import Admission, Mempool, PendingTransaction
 from cybermesh.consensus.pacemaker import Timing
 from cybermesh.consensus.parts import Parts, Root
@@ -149,7 +149,7 @@ class Bench:
             index=index,
             application=application,
             mempool=Mempool(bytes_max=MEMPOOL_BYTES),
-            leaders=RoundRobin(committee),
+            leaders=Reputation(committee),
             check=verify,
             signer=key,
             jitter=random.random,

@@ -26,7 +26,7 @@ from cybermesh.consensus.committee import Committee, faults
 from cybermesh.consensus.driver import Driver, SafetyFile, Shell, Status
 from cybermesh.consensus.events import Commit, SafetyRecord
 from cybermesh.consensus.journal import Journal, JournalError, KeyInUseError, MemoryJournal, standing
-from cybermesh.consensus.leader import RoundRobin
+from cybermesh.consensus.leader import Reputation
 from cybermesh.consensus.mempool import Mempool
 from cybermesh.consensus.pacemaker import Timing
 from cybermesh.consensus.parts import Parts
@@ -231,7 +231,7 @@ class ValidatorRole:
             index=self._index,
             application=self._application,
             mempool=Mempool(),
-            leaders=RoundRobin(self._committee),
+            leaders=Reputation(self._committee),
             check=verify,
             signer=signer,
             jitter=random.random,

@@ -17,7 +17,7 @@ from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.driver import Driver, HaltedError, Shell
 from cybermesh.consensus.events import Commit, SafetyRecord
 from cybermesh.consensus.journal import Journal, JournalError, standing
-from cybermesh.consensus.leader import RoundRobin
+from cybermesh.consensus.leader import LeaderElection, RoundRobin
 from cybermesh.consensus.mempool import Admission, Mempool, PendingTransaction
 from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.simulator.application import LogApplication, LogState
@@ -79,6 +79,7 @@ class Cluster:
 
     def __init__(self, path: Path, n: int = 4) -> None:
         self.mempool_bytes = 1_000_000
+        self.leaders: Callable[[Committee], LeaderElection] = RoundRobin
         keys = [SigningKey(hashlib.sha256(bytes([index])).digest()) for index in range(n)]
         self.committee = Committee.of(CHAIN, [key.public for key in keys])
         self.keys = {key.public: key for key in keys}
@@ -98,7 +99,8 @@ class Cluster:
         tip = store.chain[-1]
         assert store.state is not None
         assert store.certificate is not None
-        return Root(tip.hash, tip.round, tip.height, tip.header.time_ms, store.state, store.certificate)
+        recent = tuple(block.header for block in store.chain[-64:])
+        return Root(tip.hash, tip.round, tip.height, tip.header.time_ms, store.state, store.certificate, recent)
 
     async def run(self, index: int) -> None:
         """Run one validator until cancelled."""
@@ -121,7 +123,7 @@ class Cluster:
                 index,
                 self.app,
                 Mempool(bytes_max=self.mempool_bytes, producer_bytes_max=self.mempool_bytes),
-                RoundRobin(self.committee),
+                self.leaders(self.committee),
                 verify,
                 None if old else self.keys[public],
                 random.Random(index).random,

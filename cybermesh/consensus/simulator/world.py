@@ -34,7 +34,7 @@ from cybermesh.consensus.events import (
     Tick,
 )
 from cybermesh.consensus.journal import standing
-from cybermesh.consensus.leader import LeaderElection, RoundRobin
+from cybermesh.consensus.leader import LeaderElection, Reputation
 from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.replica import Replica
 from cybermesh.consensus.simulator.application import LogApplication, LogState
@@ -75,7 +75,7 @@ class World:
         self._rng = rng
         self._note = note
         self._application = LogApplication()
-        base: LeaderElection = RoundRobin(committee)
+        base: LeaderElection = Reputation(committee)
         self._leaders = Scripted(plan.leaders, base) if plan.leaders else base
         self._trace = hashlib.blake2b(digest_size=16)
         self._heap: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
