@@ -25,9 +25,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-# The long rungs of consensus: 20,000 worlds with twins, 5,000 with Byzantine validators, a crash before every effect.
+# The long rungs of consensus: 20,000 worlds with twins, 5,000 with Byzantine validators, a crash before every effect, and four
+# processes that are killed, stopped and cut off from each other.
 ladder: $(STAMP)
 	@$(BIN)/python -m pytest -q -m ladder -n auto --maxprocesses 4 --dist worksteal tests/ladder $(ARGS)
+	@$(BIN)/python -m tests.e2e.chaos --seconds 30 --seed 1
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check .
@@ -56,6 +58,7 @@ bench: $(STAMP)
 # Longer campaigns, run by hand; their figures go to docs/measurements.md with seed and commit.
 nightly: $(STAMP)
 	@HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest
+	@$(BIN)/python -m tests.e2e.chaos --seconds 180
 	@$(BIN)/cybermesh simulate --scenarios 200000 --seed 1 --validators 4 --kind mixed
 	@$(BIN)/cybermesh simulate --scenarios 1000000 --seed 100000 --validators 4 --twins 1
 	@$(BIN)/cybermesh simulate --scenarios 100000 --seed 100000 --validators 4 --byzantine 1

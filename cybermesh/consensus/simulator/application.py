@@ -14,6 +14,8 @@ from cybermesh.consensus.mempool import PendingTransaction
 from cybermesh.messages import tx_digest
 
 ALARM: Final = b"alarm "
+STAMP: Final = b"stamp "
+WINDOW_MS: Final = 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +32,35 @@ class LogState:
 
 
 class LogApplication:
-    """Applies each transaction once; an empty one is invalid; ``alarm 700`` falls due 700 ms of block time later."""
+    """Applies each transaction once; an empty one is invalid.
+
+    ``alarm 700`` falls due 700 ms of block time later; ``stamp 1700000000000`` is proposed only by whoever's clock is within
+    a minute of it, as a producer's message is, and is valid for all others.
+    """
 
     def genesis(self) -> LogState:
         """Return the state before the first block."""
         return LogState(bytes(32), immutables.Map())
 
     def is_valid(self, transaction: bytes) -> bool:
-        """Every transaction is valid but the empty one and an alarm without a number of milliseconds."""
-        return bool(transaction) and (not transaction.startswith(ALARM) or transaction[len(ALARM) :].isdigit())
+        """Every transaction is valid but the empty one and an alarm or a stamp without a number of milliseconds."""
+        is_numbered = transaction.startswith((ALARM, STAMP))
+        return bool(transaction) and (not is_numbered or transaction[len(ALARM) :].isdigit())
 
     def admit(self, committed: LogState, transaction: bytes, now_ms: int) -> PendingTransaction | None:
         """Return a valid transaction that is not applied yet, of the producer that its first byte names."""
-        if not self.is_valid(transaction) or tx_digest(transaction) in committed.applied:
+        if not self.is_valid(transaction) or tx_digest(transaction) in committed.applied or not _is_timely(transaction, now_ms):
             return None
         return PendingTransaction(tx_digest(transaction), transaction[:1], 0, transaction)
 
     def select(self, parent: LogState, context: BlockContext, candidates: Sequence[bytes]) -> Selection:
-        """Refuse what was applied already."""
-        fresh = tuple(each for each in candidates if tx_digest(each) not in parent.applied)
-        stale = tuple(each for each in candidates if tx_digest(each) in parent.applied)
-        return Selection(fresh, stale)
+        """Refuse what was applied already, and what is stamped outside the window."""
+        fresh: list[bytes] = []
+        refused: list[bytes] = []
+        for each in candidates:
+            is_wanted = tx_digest(each) not in parent.applied and _is_timely(each, context.time_ms)
+            (fresh if is_wanted else refused).append(each)
+        return Selection(tuple(fresh), tuple(refused))
 
     def is_within_limits(self, parent: LogState, context: BlockContext, payload: tuple[bytes, ...]) -> bool:
         """A block may not repeat a transaction."""
@@ -76,3 +86,7 @@ class LogApplication:
     def next_due_ms(self, state: LogState) -> int | None:
         """Return the next alarm."""
         return state.alarms[0] if state.alarms else None
+
+
+def _is_timely(transaction: bytes, now_ms: int) -> bool:
+    return not transaction.startswith(STAMP) or abs(now_ms - int(transaction[len(STAMP) :])) <= WINDOW_MS

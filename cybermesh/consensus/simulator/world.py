@@ -70,6 +70,7 @@ class World:
         self.agreement = Agreement(is_patient=plan.must_fork)
         self.held_max = 0
         self.accused: set[int] = set()
+        self.committed_at: dict[bytes, int] = {}
         self._signers, self._check = keys
         self.verifier = CertificateVerifier(committee, self._check, committee.genesis_cert())
         self._rng = rng
@@ -178,7 +179,7 @@ class World:
         for position in positions:
             machine = self.machines[position]
             state = machine.disk.state or self._application.genesis()
-            pending = self._application.admit(state, transaction, 0)
+            pending = self._application.admit(state, transaction, self._now(machine).wall_ms)
             if pending is not None:
                 machine.mempool.add(pending)
                 self._step(machine, Tick())
@@ -334,6 +335,8 @@ class World:
         if machine.is_honest:
             machine.committed.extend(each.block for each in commit.blocks if each.block.height > len(machine.committed))
             machine.certificate = commit.certificate
+            for transaction in (transaction for each in commit.blocks for transaction in each.block.payload):
+                self.committed_at.setdefault(transaction, self.now_ms)
             machine.oracle.commit(commit, is_first_life=machine.lives == 1)
             self.agreement.committed(machine.name, commit)
         self._log(machine, f"commits up to height {commit.blocks[-1].block.height}")
