@@ -127,10 +127,7 @@ def damaged_bytes(random: Random, data: bytes, share: float = 1.0) -> bytes:
                 made[at:at] = random.randbytes(size)
             case _:
                 made[at : at + size] = bytes(len(made[at : at + size]))
-    if random.random() < 0.2:
-        left = random.choice([random.randrange(len(made) + 1), len(made) - random.choice([1, 2, 3, 4, 15, 16])])
-        return bytes(made[: max(left, 0)])
-    return bytes(made)
+    return bytes(made[: random.randrange(len(made) + 1)] if random.random() < 0.1 else made)
 
 
 def records(random: Random, corpus: Corpus) -> list[Record]:
@@ -201,7 +198,9 @@ def _interface(random: Random, link: int, order: str) -> bytes:
 
 
 def packed(random: Random, data: bytes) -> bytes:
-    """Return the file as it is, or compressed, perhaps damaged afterwards."""
+    """Return the file as it is or without its very end, or compressed, perhaps damaged afterwards."""
+    if random.random() < 0.1:
+        data = data[: -random.choice([1, 2, 3, 4, 15, 16])]
     match random.randrange(8):
         case 0:
             cut = random.randrange(len(data) + 1)
