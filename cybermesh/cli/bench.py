@@ -20,7 +20,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -47,6 +47,7 @@ class _Rates:
     process: list[float] = field(default_factory=list)
     both_cores: list[float] = field(default_factory=list)
     nfstream: list[float] = field(default_factory=list)
+    cicflowmeter: list[float] = field(default_factory=list)
     peak_mb: float = 0.0
 
 
@@ -120,25 +121,39 @@ def flows(
         int, typer.Option(min=100_000, help="Packets of the usual capture, at least; the long one has two thirds.")
     ] = 6_000_000,
     rounds: Annotated[int, typer.Option(min=1, help="How often the tools take turns.")] = 2,
+    cicflowmeter: Annotated[
+        str | None, typer.Option(metavar="PROGRAM", help="The Python CICFlowMeter, of an environment of its own.")
+    ] = None,
     folder: Annotated[Path | None, typer.Option("--dir", help="Where the captures go while they are needed.")] = None,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Meter large captures, alternating with NFStream.
+    """Meter large captures, alternating with NFStream, and with the Python CICFlowMeter if it is on the PATH.
 
     The captures are made from the one that the package ships: one with about 10 packets per flow, one with hundreds.
-    NFStream is an extra: pip install 'cybermesh[bench]'.
+    NFStream is an extra: pip install 'cybermesh[bench]'. CICFlowMeter needs an older numpy than we do, so it cannot be one:
+    pipx install cicflowmeter && pipx inject cicflowmeter scapy==2.5.0
     """
+    from cybermesh.cli.bench_cicflowmeter import CicFlowMeter
+
     if importlib.util.find_spec("nfstream") is None:
         output.note("NFStream is not installed, so there is nothing to compare with: pip install 'cybermesh[bench]'")
         other = None
     else:
         other = importlib.metadata.version("nfstream")
     where = _room(folder, 2 * packets)
+    program = cicflowmeter or shutil.which("cicflowmeter")
+    third = CicFlowMeter(program) if program else None
     with tempfile.TemporaryDirectory(prefix="cybermesh-bench-", dir=where) as made:
-        usual, long = _make(Path(made), packets)
-        _worker("1", usual, 1)  # compiles what is not compiled yet
-        rates = [_take_turns(path, rounds, compare=other is not None) for path in (usual, long)]
-    result = _result(*rates) | {"rounds": rounds, "nfstream_version": other}
+        captures = _make(Path(made), packets)
+        _worker("1", captures.usual, 1)  # compiles what is not compiled yet
+        usual, long = _Rates(), _Rates()
+        for number in range(rounds):
+            for rates, capture in ((usual, captures.usual), (long, captures.long)):
+                output.note(f"{capture.name}: round {number + 1} of {rounds}")
+                _take_turns(rates, capture, compare=other is not None)
+            if third is not None:
+                usual.cicflowmeter.append(third.packets_per_s(captures.short, captures.short_packets))
+    result = _result(usual, long) | {"rounds": rounds, "nfstream_version": other}
     _show(result, as_json=as_json)
 
 
@@ -181,33 +196,41 @@ def _show(result: Mapping[str, object], *, as_json: bool) -> None:
             sys.stdout.write(f"{name:32} {value if value is not None else '-'}\n")
 
 
-def _make(folder: Path, packets: int) -> tuple[Path, Path]:
-    from cybermesh.cli import bench_capture
+class _Captures(NamedTuple):
+    """Where the captures are."""
 
-    usual, long = folder / "usual.pcap", folder / "long.pcap"
+    usual: Path
+    long: Path
+    short: Path
+    short_packets: int
+
+
+def _make(folder: Path, packets: int) -> _Captures:
+    from cybermesh.cli import bench_capture
+    from cybermesh.cli.bench_cicflowmeter import CAPTURE_PACKETS
+
+    usual, long, short = (folder / f"{name}.pcap" for name in ("usual", "long", "short"))
     source = bench_capture.demo_capture()
     output.note(f"making captures of {packets:,} and {packets * 2 // 3:,} packets from {source.name}")
-    bench_capture.write(bench_capture.usual(source), usual, packets)
+    template = bench_capture.usual(source)
+    bench_capture.write(template, usual, packets)
     bench_capture.write(bench_capture.long_flows(source), long, packets * 2 // 3)
-    return usual, long
+    return _Captures(usual, long, short, bench_capture.write(template, short, CAPTURE_PACKETS))
 
 
-def _take_turns(capture: Path, rounds: int, *, compare: bool) -> _Rates:
-    rates = _Rates()
-    for number in range(rounds):
-        output.note(f"{capture.name}: round {number + 1} of {rounds}")
-        began = time.perf_counter()
-        told = _worker("1", capture, 1)
-        rates.process.append(told["packets"] / (time.perf_counter() - began))
-        rates.packets, rates.flows, rates.peak_mb = told["packets"], told["flows"], max(rates.peak_mb, told["peak_rss_mb"])
-        for what, into in (("1", rates.warm), ("2", rates.both_cores)):
-            told = _worker(what, capture, _WARM_RUNS)
-            into += [rates.packets / seconds for seconds in told["seconds"][1:]]
-            if what == "1":
-                rates.peak_mb = max(rates.peak_mb, told["peak_rss_mb"])
-        if compare:
-            rates.nfstream += [rates.packets / seconds for seconds in _worker("nfstream", capture, 1)["seconds"]]
-    return rates
+def _take_turns(rates: _Rates, capture: Path, *, compare: bool) -> None:
+    """Measure everything once, one after the other, and add what came out to ``rates``."""
+    began = time.perf_counter()
+    told = _worker("1", capture, 1)
+    rates.process.append(told["packets"] / (time.perf_counter() - began))
+    rates.packets, rates.flows, rates.peak_mb = told["packets"], told["flows"], max(rates.peak_mb, told["peak_rss_mb"])
+    for what, into in (("1", rates.warm), ("2", rates.both_cores)):
+        told = _worker(what, capture, _WARM_RUNS)
+        into += [rates.packets / seconds for seconds in told["seconds"][1:]]
+        if what == "1":
+            rates.peak_mb = max(rates.peak_mb, told["peak_rss_mb"])
+    if compare:
+        rates.nfstream += [rates.packets / seconds for seconds in _worker("nfstream", capture, 1)["seconds"]]
 
 
 def _worker(what: str, capture: Path, times: int) -> dict[str, typing.Any]:
@@ -241,6 +264,8 @@ def _result(usual: _Rates, long: _Rates) -> dict[str, object]:
         "nfstream_packets_per_s": rate(usual.nfstream),
         "ratio_warm": ratio(usual.warm, usual.nfstream),
         "ratio_process": ratio(usual.process, usual.nfstream),
+        "cicflowmeter_packets_per_s": rate(usual.cicflowmeter),
+        "ratio_cicflowmeter": ratio(usual.warm, usual.cicflowmeter),
         "long_capture_packets": long.packets,
         "long_capture_flows": long.flows,
         "long_warm_packets_per_s": rate(long.warm),

@@ -12,6 +12,8 @@ import pytest
 
 from cybermesh.cli import bench, bench_admission, bench_capture, bench_worker, main
 from cybermesh.cli.bench import _Rates, _result
+from cybermesh.cli.bench_cicflowmeter import CicFlowMeter
+from cybermesh.cli.output import CommandError
 from cybermesh.telemetry import metering
 from cybermesh.telemetry.features import COLUMN
 
@@ -56,6 +58,24 @@ def test_a_worker_tells_what_it_metered(tmp_path: Path, capsys: pytest.CaptureFi
         assert told["flows"] == len(metered(tmp_path / "usual.pcap"))
         assert len(told["seconds"]) == 2
         assert 50 < told["peak_rss_mb"] < 4_000
+
+
+def program(folder: Path, says: str) -> str:
+    """Make a program that takes the Python CICFlowMeter's options and writes ``says`` where it is told to."""
+    made = folder / "meter"
+    made.write_text(f'#!/bin/sh\n[ "$1" = --help ] && exit 0\n[ -s "$2" ] && [ "$3" = -c ] && printf "{says}" >"$4"\n')
+    made.chmod(0o755)
+    return str(made)
+
+
+def test_cicflowmeter_is_measured_by_its_rows_and_refused_without(tmp_path: Path) -> None:
+    capture = tmp_path / "short.pcap"
+    written = bench_capture.write(bench_capture.usual(bench_capture.demo_capture()), capture, 10)
+    assert CicFlowMeter(program(tmp_path, "header\\nflow\\n")).packets_per_s(capture, written) > 0
+    with pytest.raises(CommandError, match="wrote no flows"):
+        CicFlowMeter(program(tmp_path, "header\\n")).packets_per_s(capture, written)
+    with pytest.raises(CommandError, match="cannot be measured"):
+        CicFlowMeter(str(tmp_path / "missing"))
 
 
 def test_ratios_are_of_medians_and_unknown_without_the_other_tool() -> None:
