@@ -19,7 +19,7 @@ import numpy.typing as npt
 from cybermesh.telemetry.sources import SourceError
 from cybermesh.telemetry.sources.compression import Damaged, Readable, Rejoined, decompressor
 
-BUFFER_BYTES = 16 << 20  # holds a default block of full-size frames
+BUFFER_BYTES = 4 << 20  # stays in the last cache between reading and decoding; full-size frames make batches of 2,700
 _HEAD_BYTES = 16  # enough to tell formats and compressions apart
 _READ_BYTES = 1 << 20
 _PAUSE_S = 0.05  # a live pipe that is silent for this long hands over what there is
