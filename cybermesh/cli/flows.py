@@ -175,6 +175,7 @@ def flows(
     sensor: Annotated[str, typer.Option(help="With --to: who metered; default: this host's name.")] = "",
     config: Annotated[Path | None, typer.Option("-c", "--config", help="With --to: TOML file with the bus settings.")] = None,
     block: Annotated[int, typer.Option(min=1, max=1_048_576, help="Packets worked on at once.")] = DEFAULT_BLOCK,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Threads for long captures; the flows are the same.")] = 1,
 ) -> None:
     """Meter captures: one row per flow, with identifiers and 79 features.
 
@@ -184,7 +185,7 @@ def flows(
     wanted = Wanted(form, columns, compat, out)
     wanted.check(inputs, to)
     began = time.monotonic()
-    run = prepare(inputs, compat, block)
+    run = prepare(inputs, compat, block, workers)
     if to is not None:
         from cybermesh.cli.flow_publish import publish
 
@@ -250,7 +251,7 @@ class Wanted:
         return stack.enter_context(closing(TextSink(target, header(), rows)))
 
 
-def prepare(inputs: Sequence[str], compat: Compatibility | None, block: int) -> Run:
+def prepare(inputs: Sequence[str], compat: Compatibility | None, block: int, workers: int = 1) -> Run:
     """Return a run with the meter that suits the inputs."""
     from cybermesh.telemetry.metering import choose, compiled
 
@@ -260,7 +261,7 @@ def prepare(inputs: Sequence[str], compat: Compatibility | None, block: int) -> 
 
         return Run(inputs, block, CompatMeter(), open_source)
     live = any(map(is_live, inputs))
-    metering = compiled() if live else choose(inputs, tell=output.note)
+    metering = compiled(workers) if live else choose(inputs, workers=workers, tell=output.note)
     return Run(inputs, block, metering.new_meter(retain=0 if live else RETAINED_FLOWS), metering.open_source)
 
 

@@ -68,15 +68,27 @@ class CompiledMeter:
 
     def add(self, batch: PacketBatch) -> FlowBatch:
         """Meter packets; return the flows that are finished, in order of their first packets."""
+        return joined(self.add_parts(batch))
+
+    def add_parts(self, batch: PacketBatch) -> list[Finished]:
+        """Do what ``add`` does; the flows are still in parts, at least one, for ``joined``."""
         finished: list[Finished] = []
         for start in range(0, len(batch), _PIECE):
             finished += self._add_piece(batch if len(batch) <= _PIECE else batch.take(slice(start, start + _PIECE)))
-        return _joined(finished or [self._shards[0].collect()])
+        return finished or self.no_parts()
+
+    def no_parts(self) -> list[Finished]:
+        """Return a part without flows."""
+        return [self._shards[0].collect()]
 
     def flush(self) -> FlowBatch:
         """Return all open flows and forget them; the end of the input."""
+        return joined(self.flush_parts())
+
+    def flush_parts(self) -> list[Finished]:
+        """Do what ``flush`` does; the flows are still in parts."""
         now = int(self._clock[clock_kernel.NOW])
-        return _joined(list(self._run(lambda shard: shard.flush(now), self._shards)))
+        return list(self._run(lambda shard: shard.flush(now), self._shards))
 
     def drain(self, limit: int) -> Iterator[FlowBatch]:
         """Do what ``flush`` does in batches of at most ``limit`` flows, at least one batch."""
@@ -107,7 +119,7 @@ def _columns(batch: PacketBatch) -> Columns:
     return Columns(**columns)
 
 
-def _joined(parts: list[Finished]) -> FlowBatch:
+def joined(parts: list[Finished]) -> FlowBatch:
     """Return the flows of several pieces and shards as one batch, in order of their first packets."""
     filled = [part for part in parts if len(part.serial)] or parts[:1]
     if len(filled) == 1:

@@ -73,26 +73,32 @@ def compiled(workers: int = 1) -> Metering:
     """Load the compiled implementation, or compile it: some seconds, once for a user and version.
 
     Args:
-        workers: Threads that meter side by side, each a share of the flows; the flows are the same for any number.
+        workers: Threads that work side by side; the flows are the same for any number. With two, one reads and one meters;
+            from three on, those that meter have a share of the flows each.
     """
     load_kernels()
+    from cybermesh.telemetry.meter_ahead import AheadMeter
     from cybermesh.telemetry.meter_compiled import CompiledMeter
 
-    pool = ThreadPoolExecutor(workers, "meter") if workers > 1 else None
+    ahead = ThreadPoolExecutor(1, "meter") if workers > 1 else None
+    pool = ThreadPoolExecutor(workers - 1, "shard") if workers > 2 else None
 
-    def new_meter(*, max_flows: int = DEFAULT_MAX_FLOWS, retain: int = 0) -> CompiledMeter:
-        return CompiledMeter(max_flows=max_flows, retain=retain, shards=workers, run=pool.map if pool else map)
+    def new_meter(*, max_flows: int = DEFAULT_MAX_FLOWS, retain: int = 0) -> Meter:
+        shards = max(workers - 1, 1)
+        meter = CompiledMeter(max_flows=max_flows, retain=retain, shards=shards, run=pool.map if pool else map)
+        return AheadMeter(meter, ahead) if ahead else meter
 
     return Metering("compiled", partial(open_source, compiled=True), new_meter)
 
 
-def choose(inputs: Iterable[str], *, tell: Callable[[str], None] | None = None) -> Metering:
+def choose(inputs: Iterable[str], *, workers: int = 1, tell: Callable[[str], None] | None = None) -> Metering:
     """Return the implementation that is done first with these inputs.
 
     A stream of unknown length gets the compiled one only if it need not be compiled first.
 
     Args:
         inputs: As ``open_source`` takes them.
+        workers: As ``compiled`` takes them; the reference has one.
         tell: Is given a remark for people if kernels must be compiled, which takes some seconds.
     """
     sizes = [_size(spec) for spec in inputs]
@@ -103,7 +109,7 @@ def choose(inputs: Iterable[str], *, tell: Callable[[str], None] | None = None) 
         return reference()
     if tell is not None and not kept:
         tell("compiling the meter for long captures: some seconds, the first time only")
-    return compiled()
+    return compiled(workers)
 
 
 def _size(spec: str) -> int | None:

@@ -15,8 +15,9 @@ import pytest
 
 from cybermesh.bus import Delivery
 from cybermesh.bus.local import LocalBus
-from cybermesh.cli import main
+from cybermesh.cli import bench_capture, bench_sender, main
 from cybermesh.cli.flow_rows import IDENTIFIERS
+from cybermesh.telemetry import compile_cache, metering
 from cybermesh.telemetry.counters import Counters
 from cybermesh.telemetry.features import NAMES
 from cybermesh.telemetry.flow_messages import from_message
@@ -262,6 +263,21 @@ def test_block_size_changes_no_byte_of_the_output(capsysbinary, tmp_path: Path) 
     path.write_bytes(captures.pcap(talk))
     first = run(capsysbinary, str(path))[1]
     assert run(capsysbinary, str(path), "--block", "7")[1] == first
+
+
+def test_neither_threads_nor_a_split_change_a_byte_of_a_long_capture(capsysbinary, tmp_path: Path) -> None:
+    whole, first, second = (tmp_path / f"{name}.pcap" for name in ("whole", "first", "second"))
+    metering.compiled()
+    bench_capture.write(bench_capture.usual(bench_capture.demo_capture()), whole, 300_000)
+    assert whole.stat().st_size >= metering.LONG_BYTES
+    assert metering.choose([str(whole)]).name == ("compiled" if compile_cache.is_compiled() else "reference")
+    data, border = whole.read_bytes(), int(bench_sender.load(whole).at[123_456]) - 16
+    first.write_bytes(data[:border])
+    second.write_bytes(data[:24] + data[border:])
+    expected = run(capsysbinary, str(whole))[1]
+    assert expected.count("\n") > 25_000
+    assert run(capsysbinary, str(whole), "--workers", "2")[1] == expected
+    assert sorted(run(capsysbinary, str(first), str(second), "--workers", "2")[1].splitlines()) == sorted(expected.splitlines())
 
 
 def test_short_captures_do_not_pay_for_heavy_imports() -> None:

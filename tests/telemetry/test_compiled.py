@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +233,29 @@ def test_drain_gives_the_flows_of_flush_in_parts(compiled: Metering) -> None:
         assert_equal([first, *parts], run(new(compiled, shards), [packets]))
         assert len(meter) == 0
         assert [len(rest) for rest in meter.drain(5)] == [0]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_reading_ahead_of_the_meter_changes_no_flow(compiled: Metering, workers: int) -> None:
+    packets = random_packets(60_000, 9_000, 40_000)
+    how = metering.compiled(workers)
+    expected = run(compiled.new_meter(), pieces(packets, 7_000))
+    assert_equal(run(how.new_meter(), pieces(packets, 2_500)), expected, reasons=False)
+    meter = how.new_meter(max_flows=2_000)
+    parts = [*[meter.add(piece) for piece in pieces(packets, 5_000)], *meter.drain(100)]
+    assert meter.evicted > 0
+    assert sum(part.features[:, 4:6].sum() for part in parts) == 60_000
+    assert len(meter) == 0
+    assert [len(rest) for rest in meter.drain(5)] == [0]
+    assert (np.diff(meter.flush().start_us) >= 0).all()
+
+
+def test_what_fails_beside_the_reader_is_raised_at_the_next_batch() -> None:
+    meter = metering.compiled(2).new_meter()
+    packets = random_packets(10, 5, 10)
+    meter.add(replace(packets, flags=packets.flags[:3, None]))
+    with pytest.raises(TypeError):
+        meter.add(packets)
 
 
 def test_finished_flows_come_in_order_of_their_first_packets(compiled: Metering) -> None:
