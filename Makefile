@@ -65,3 +65,4 @@ nightly: $(STAMP)
 	@for target in decoder pcap pcapng; do \
 		$(BIN)/python -m tests.fuzz.campaign $$target --seconds 600 --seed $(SEED) --corpus ../shared/data/pcaps || exit 1; \
 	done
+	@$(BIN)/python -m tests.campaigns.kills --broker 20 --consumer 90 --producer 90 --seed 1

@@ -62,7 +62,7 @@ class Counters(Protocol):
 class NonceSource:
     """Makes the nonces of one producer instance; counters are reserved ``batch`` at a time."""
 
-    def __init__(self, counters: Counters, batch: int = 4_096) -> None:
+    def __init__(self, counters: Counters, batch: int = 256) -> None:
         assert batch > 0
         self._counters = counters
         self._batch = batch
