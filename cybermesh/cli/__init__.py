@@ -40,6 +40,7 @@ COMMANDS = {
     "ledger": Command("ledger", "app", "Look at, audit, back up and prune the stored chain."),
     "verify": Command("verify", "verify", "Check a decision proof offline."),
     "enforce": Command("enforce", "enforce", "Look at and steer this host's firewall rules."),
+    "dlq": Command("dlq", "dlq", "List, show and replay messages that validators refused."),
     "simulate": Command("simulate", "simulate", "Run consensus against seeded faults."),
     "migrate": Command("migrate", "app", "Bring a shared database to this version's schema."),
     "keys": Command("keys", "keys", "Generate and show keys."),
