@@ -142,6 +142,11 @@ class Detection(Section):
 
     rules_dir: Path | None = Field(default=None, description="directory of rule files; default: those shipped")
     model_dir: Path | None = Field(default=None, description="directory of a trained model; default: the one shipped")
+    site_key: str = Field(
+        default="",
+        pattern="^([0-9a-fA-F]{64})?$",
+        description="public key (64 hex digits) that signed the model in model_dir; only the shipped model needs none",
+    )
     severity_min: int = Field(default=8, ge=1, le=10, description="lowest severity that proposes a policy")
     confidence_min: float = Field(default=0.9, ge=0, le=1, description="lowest confidence that proposes a policy")
     policy_ttl_s: int = Field(default=900, ge=1, le=86_400, description="time to live of a first policy")

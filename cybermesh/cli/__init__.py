@@ -35,6 +35,8 @@ COMMANDS = {
     "detect": Command("detect", "detect", "Report the attacks in captures."),
     "rules": Command("rules", "rules", "List, test and explain the detection rules."),
     "train": Command("train", "train", "Train a classifier on labelled flows."),
+    "calibrate": Command("calibrate", "calibrate", "Fit a classifier's threshold to this network's ordinary traffic."),
+    "adapt": Command("adapt", "adapt", "Teach a classifier this network from labelled flows."),
     "evaluate": Command("evaluate", "evaluate", "Measure a classifier on labelled flows."),
     "policy": Command("policy", "policy", "List decisions, and prove them."),
     "ledger": Command("ledger", "app", "Look at, audit, back up and prune the stored chain."),

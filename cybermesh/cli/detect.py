@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cybermesh.cli import output
+from cybermesh.cli.model_files import SiteKeyOption, public_key
 
 if TYPE_CHECKING:
     from cybermesh.detect.detector import Detection
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 Inputs = Annotated[list[str], typer.Argument(metavar="INPUT…", help="Captures (pcap, pcapng, .gz, .zst), or - for stdin.")]
 RulesFolder = Annotated[Path | None, typer.Option("--rules", help="Folder with rule files instead of the shipped ones.")]
 FailOnAlert = Annotated[bool, typer.Option("--fail-on-alert", help="Exit with 1 if there is any alert.")]
+SiteModel = Annotated[
+    Path | None, typer.Option("--model", help="Directory of a site's own model, signed; see cybermesh adapt and --site-key.")
+]
+Evidence = Annotated[
+    bool, typer.Option("--evidence", help="Add to every alert what it rests on, for cybermesh alerts explain.")
+]
 NoClassifier = Annotated[bool, typer.Option("--no-classifier", help="Use rules and statistics only.")]
 
 
@@ -32,6 +39,9 @@ def detect(
     json: output.JsonOption = False,
     rules: RulesFolder = None,
     no_classifier: NoClassifier = False,
+    model: SiteModel = None,
+    site_key: SiteKeyOption = None,
+    evidence: Evidence = False,
     fail_on_alert: FailOnAlert = False,
 ) -> None:
     """Report the attacks in captures, as suricata -r does.
@@ -42,18 +52,20 @@ def detect(
 
     form = output.Format.JSON if json else form
     rule_set = load_rules(rules)
+    key = public_key(site_key)
     found: list[Detection] = []
     failed = 0
     for spec in inputs:
         try:
-            found += _detect_one(spec, rule_set, no_classifier)
+            found += _detect_one(spec, rule_set, None if no_classifier else _classifier(model, key))
         except SourceError as error:
             output.complain(str(error))
             failed += 1
     if form is output.Format.HUMAN:
         _print(found)
     else:
-        output.emit((as_object(detection) for detection in found), form)
+        told = (as_object(detection) | ({"evidence": detection.evidence} if evidence else {}) for detection in found)
+        output.emit(told, form)
     if failed or (fail_on_alert and found):
         raise typer.Exit(1)
 
@@ -92,7 +104,7 @@ def as_object(detection: Detection) -> dict[str, object]:
     }
 
 
-def _detect_one(spec: str, rules: RuleSet, no_classifier: bool) -> list[Detection]:
+def _detect_one(spec: str, rules: RuleSet, classifier: Classifier | None) -> list[Detection]:
     """Run one input through a pipeline of its own."""
     from cybermesh.detect.pipeline import Decision, build, latest
     from cybermesh.telemetry.features import NAMES
@@ -100,7 +112,6 @@ def _detect_one(spec: str, rules: RuleSet, no_classifier: bool) -> list[Detectio
     from cybermesh.telemetry.sources.choose import open_source
 
     with contextlib.closing(open_source(spec)) as source:
-        classifier = None if no_classifier else _classifier()
         pipeline = build(
             rules,
             meter=FlowMeter(),
@@ -114,14 +125,16 @@ def _detect_one(spec: str, rules: RuleSet, no_classifier: bool) -> list[Detectio
     return latest(found)
 
 
-def _classifier() -> Classifier | None:
-    """Open the shipped model; without a good one, go on with rules and statistics, and say so."""
+def _classifier(model: Path | None, site_key: bytes | None) -> Classifier | None:
+    """Open the model named, which must be good, or the shipped one: without it, go on with rules and statistics, and say so."""
     from cybermesh.detect.engines.classifier import open_classifier
     from cybermesh.detect.modelfile import ModelError
 
     try:
-        return open_classifier()
+        return open_classifier(model, site_key=site_key)
     except ModelError as error:
+        if model is not None:
+            raise output.CommandError(str(error)) from error
         output.note(f"without the classifier: {error}")
         return None
 

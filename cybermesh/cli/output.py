@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,6 +75,12 @@ def complain(message: str) -> None:
 def note(message: str) -> None:
     """Print a remark as one line on stderr."""
     sys.stderr.write(f"{message}\n")
+
+
+def note_skipped(what: object, skipped: Mapping[str, int]) -> None:
+    """Say on stderr which rows of a file were left out, if any."""
+    if skipped:
+        note(f"{what}: left out: " + ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())))
 
 
 def emit(objects: Iterable[object], form: Format) -> None:

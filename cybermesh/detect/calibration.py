@@ -29,6 +29,16 @@ def soften(probabilities: Floats, temperature: float) -> Floats:
     return softened
 
 
+def shift(probabilities: Floats, column: int, amount: float) -> Floats:
+    """Return float64[n, k] with ``amount`` added to the log-probability of one column; each row still sums to 1."""
+    if amount == 0.0:
+        return probabilities
+    shifted = probabilities.copy()
+    shifted[:, column] *= np.exp(amount)
+    shifted /= shifted.sum(axis=1, keepdims=True)
+    return shifted
+
+
 def temperature(probabilities: Floats, truth: npt.NDArray[np.intp]) -> float:
     """Return the temperature (0.25-8) under which ``truth`` (class index per row) is most likely; 1 without rows."""
     if not len(truth):

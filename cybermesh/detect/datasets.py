@@ -9,7 +9,9 @@ Rules:
 - a row that contradicts the definitions its header promises is kept and marked ``foreign``: another extractor wrote it. An
   extractor is a property of a file, so when more than 2 % of the rows are marked, or more than 10 % are what no TCP
   stack sends, the file is (``foreign_file``);
-- attempts without effect ("... - Attempted") are neither attack nor benign and are left out, counted.
+- attempts without effect ("... - Attempted") are neither attack nor benign and are left out, counted; so are rows with an
+  unknown label or something that is no number. A few missing columns are unknown features, not an error;
+- a file is read in pieces, so that its size does not matter to who needs only figures.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ import csv
 import gzip
 import hashlib
 import io
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from cybermesh.detect import guard
 from cybermesh.detect.engines import TYPES
-from cybermesh.telemetry.cic_columns import IMPROVED, Variant, clean, explain_unknown, recognise
+from cybermesh.telemetry.cic_columns import IMPROVED, Variant, clean, explain_unknown, recognise, recognise_partly
 from cybermesh.telemetry.features import NAMES
 
 FOREIGN_FILE_SHARE = 0.02
@@ -37,6 +41,9 @@ IMPLAUSIBLE_FILE_SHARE = 0.1
 BENIGN = "benign"
 CLASSES = frozenset({BENIGN, *TYPES})
 _GZIP_MAGIC = b"\x1f\x8b"
+PIECE_ROWS = 20_000
+_SHOWN_LABEL = 60
+_REASONS_MAX = 20  # of rows left out, told apart
 _LABEL_COLUMNS = ("label_class", "Label", "label", "Label_multi")
 
 # The first prefix that fits decides; names of the 2017, 2018 and 2019 tables, original and improved, in lower case.
@@ -97,12 +104,14 @@ class Dataset:
         return len(self.labels)
 
     @property
+    def odd(self) -> int:
+        """Rows that no ordinary TCP stack produces."""
+        return int(guard.implausible(self.features, self.known).sum())
+
+    @property
     def foreign_file(self) -> bool:
         """Whether so many rows contradict the definitions that the whole file must be another extractor's."""
-        foreign, odd = int(self.foreign.sum()), int(guard.implausible(self.features, self.known).sum())
-        return (foreign >= FOREIGN_FILE_ROWS_MIN and foreign > FOREIGN_FILE_SHARE * len(self)) or (
-            odd >= FOREIGN_FILE_ROWS_MIN and odd > IMPLAUSIBLE_FILE_SHARE * len(self)
-        )
+        return is_foreign_file(int(self.foreign.sum()), self.odd, len(self))
 
     def take(self, rows: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Dataset:
         """Return the rows selected by a mask or by indices, with the same digest."""
@@ -120,30 +129,65 @@ class Dataset:
         )
 
 
-def read(path: Path) -> Dataset:
+def is_foreign_file(foreign: int, odd: int, rows: int) -> bool:
+    """Return whether ``foreign`` rows that contradict the definitions, or ``odd`` ones, give a file of ``rows`` away."""
+    return (foreign >= FOREIGN_FILE_ROWS_MIN and foreign > FOREIGN_FILE_SHARE * rows) or (
+        odd >= FOREIGN_FILE_ROWS_MIN and odd > IMPLAUSIBLE_FILE_SHARE * rows
+    )
+
+
+def read(path: Path, *, presumed: str | None = None) -> Dataset:
     """Read a CSV file of any known variant, plain or gzip, with its labels.
 
+    Args:
+        path: The file.
+        presumed: A class that all rows are taken for; labels, if there are any, are not read then.
+
     Raises:
-        DatasetError: no such file, broken compression, unknown header, no label column, unknown label, or no usable row.
+        DatasetError: no such file, broken compression, unknown header, no label column, or no usable row.
+    """
+    return joined(list(stream(path, presumed=presumed)))
+
+
+def stream(path: Path, *, presumed: str | None = None) -> Iterator[Dataset]:
+    """Read a file as ``read`` does, in pieces of at most ``PIECE_ROWS`` rows; ``order`` of untimed ones is within the piece.
+
+    Raises:
+        DatasetError: as ``read``; what is found wrong later in the file is raised after the pieces before it.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            packed = file.read(2) == _GZIP_MAGIC
+            file.seek(0)
+            data = gzip.GzipFile(fileobj=file) if packed else file
+            # The labels of 2017 hold an en dash of code page 1252; it is mended where labels are read.
+            text = io.TextIOWrapper(cast("IO[bytes]", data), encoding="utf-8-sig", errors="surrogateescape", newline="")
+            yield from _pieces(path, csv.reader(text), digest, presumed)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DatasetError(f"{path}: broken gzip: {error}") from error
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror or error}; name a readable CSV or CSV.gz file") from error
-    digest = hashlib.sha256(data).hexdigest()
-    if data.startswith(_GZIP_MAGIC):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise DatasetError(f"{path}: broken gzip: {error}") from error
-    rows = csv.reader(io.StringIO(_text(data), newline=""))
-    header = next(rows, None)
-    if header is None:
-        raise DatasetError(f"{path}: empty")
-    variant = recognise(header)
-    if variant is None:
-        raise DatasetError(f"{path}: {explain_unknown(header)}")
-    return _assemble(path, variant, header, _Table.parse(path, variant, header, rows), digest)
+
+
+def joined(pieces: Sequence[Dataset]) -> Dataset:
+    """Return pieces of one file as one; row numbers stand for times unless every piece is timed."""
+    first, timed = pieces[0], all(piece.timed for piece in pieces)
+    skipped: Counter[str] = Counter()
+    for piece in pieces:
+        skipped.update(piece.skipped)
+    rows = sum(len(piece) for piece in pieces)
+    return replace(
+        first,
+        features=np.concatenate([piece.features for piece in pieces]),
+        labels=np.concatenate([piece.labels for piece in pieces]),
+        names=np.concatenate([piece.names for piece in pieces]),
+        order=np.concatenate([piece.order for piece in pieces]) if timed else np.arange(rows, dtype=np.int64),
+        timed=timed,
+        foreign=np.concatenate([piece.foreign for piece in pieces]),
+        skipped=dict(skipped),
+    )
 
 
 def label_class(label: str) -> str | None:
@@ -164,9 +208,22 @@ def split_by_time(dataset: Dataset, share: float) -> npt.NDArray[np.bool_]:
     return first
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where in a row what is used lies; ``label`` and ``detail`` are None where every row is ``presumed`` to be of a class."""
+
+    variant: Variant
+    width: int
+    places: dict[str, int]
+    label: int | None
+    detail: int | None
+    time: int | None
+    presumed: str
+
+
 @dataclass(slots=True)
 class _Table:
-    """The cells of a file that are used, as they were read."""
+    """The cells of some rows that are used, as they were read."""
 
     values: list[list[float]]
     names: list[str]
@@ -175,42 +232,88 @@ class _Table:
     skipped: Counter[str]
 
     @classmethod
-    def parse(cls, path: Path, variant: Variant, header: Sequence[str], rows: Iterator[list[str]]) -> _Table:
-        places = variant.places(header)
-        features = [places[name] for name in NAMES if name in places]
-        names = [name.strip() for name in header]
-        labels = [names.index(column) for column in _LABEL_COLUMNS if column in names]
-        if not labels:
-            raise DatasetError(f"{path}: no label column; one of {', '.join(_LABEL_COLUMNS)} is needed")
-        detail = names.index("Label") if "Label" in names else labels[0]
-        time = names.index(variant.time) if variant.time in names else -1
-        table = cls([], [], [], [], Counter())
-        for line, row in enumerate(rows, start=2):
-            if len(row) != len(header):
-                table.skipped["wrong number of columns"] += bool(row)
-                continue
-            if row[detail].strip().lower().endswith("attempted"):
-                table.skipped["attempted attack without effect"] += 1
-                continue
-            label = label_class(row[labels[0]])
-            if label is None:
-                raise DatasetError(f"{path}: line {line}: unknown label {row[labels[0]]!r}; known classes: {sorted(CLASSES)}")
-            try:
-                table.values.append([float(row[place]) for place in features])
-            except ValueError:
-                table.skipped["not a number"] += 1
-                continue
-            table.names.append(row[detail].strip())
-            table.classes.append(label)
-            table.times.append(row[time] if time >= 0 else "")
-        if not table.values:
-            raise DatasetError(f"{path}: no usable row ({dict(table.skipped) or 'only a header'})")
-        return table
+    def empty(cls) -> _Table:
+        return cls([], [], [], [], Counter())
+
+    def add(self, layout: _Layout, row: Sequence[str]) -> None:
+        """Take a row, or count why not."""
+        if len(row) != layout.width:
+            self.skipped["wrong number of columns"] += bool(row)
+            return
+        name = label = layout.presumed
+        if layout.label is not None and layout.detail is not None:
+            name = _mended(row[layout.detail]).strip()
+            if name.lower().endswith("attempted"):
+                self.skipped["attempted attack without effect"] += 1
+                return
+            told = _mended(row[layout.label]).strip()
+            known = label_class(told)
+            if known is None:
+                self._count_label(told)
+                return
+            label = known
+        try:
+            # An empty cell is how many programs write "not a number", which a rate over no time is.
+            values = [float(row[place] or "nan") for place in layout.places.values()]
+        except ValueError:
+            self.skipped["not a number"] += 1
+            return
+        self.values.append(values)
+        self.names.append(name)
+        self.classes.append(label)
+        self.times.append(row[layout.time] if layout.time is not None else "")
+
+    def _count_label(self, label: str) -> None:
+        reason = f"unknown label {label[:_SHOWN_LABEL]!r}"
+        many = len(self.skipped) >= _REASONS_MAX and reason not in self.skipped
+        self.skipped["other unknown labels" if many else reason] += 1
 
 
-def _assemble(path: Path, variant: Variant, header: Sequence[str], table: _Table, digest: str) -> Dataset:
+def _layout(path: Path, header: Sequence[str], presumed: str | None) -> _Layout:
+    variant = recognise(header) or recognise_partly(header)
+    if variant is None:
+        raise DatasetError(f"{path}: {explain_unknown(header)}")
     places = variant.places(header)
-    present = np.array([name in places for name in NAMES])
+    names = [name.strip() for name in header]
+    labels = [names.index(column) for column in _LABEL_COLUMNS if column in names] if presumed is None else []
+    if not labels and presumed is None:
+        raise DatasetError(f"{path}: no label column; one of {', '.join(_LABEL_COLUMNS)} is needed")
+    label = labels[0] if labels else None
+    return _Layout(
+        variant=variant,
+        width=len(header),
+        places={name: places[name] for name in NAMES if name in places},
+        label=label,
+        detail=names.index("Label") if label is not None and "Label" in names else label,
+        time=names.index(variant.time) if variant.time in names else None,
+        presumed=presumed or "",
+    )
+
+
+def _pieces(path: Path, rows: Iterator[list[str]], digest: str, presumed: str | None) -> Iterator[Dataset]:
+    try:
+        header = next(rows, None)
+        if header is None:
+            raise DatasetError(f"{path}: empty")
+        layout = _layout(path, header, presumed)
+        table, some = _Table.empty(), False
+        for row in rows:
+            table.add(layout, row)
+            if len(table.values) == PIECE_ROWS:
+                yield _assemble(layout, table, digest)
+                table, some = _Table.empty(), True
+    except csv.Error as error:
+        raise DatasetError(f"{path}: not a CSV file: {error}") from error
+    if table.values:
+        yield _assemble(layout, table, digest)
+    elif not some:
+        left_out = f"{dict(table.skipped)}; known classes: {sorted(CLASSES)}" if table.skipped else "only a header"
+        raise DatasetError(f"{path}: no usable row ({left_out})")
+
+
+def _assemble(layout: _Layout, table: _Table, digest: str) -> Dataset:
+    variant = layout.variant
+    present = np.array([name in layout.places for name in NAMES])
     raw = np.zeros((len(table.values), len(NAMES)))
     raw[:, present] = np.array(table.values)
     values, foreign = clean(raw, present)
@@ -265,8 +368,12 @@ def _microseconds(times: Sequence[str]) -> npt.NDArray[np.int64] | None:
     return None if np.isnat(parsed).any() else parsed.astype(np.int64)
 
 
-def _text(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("cp1252", errors="replace")  # the 2017 labels hold an en dash of that code page
+def _mended(text: str) -> str:
+    """Return a cell with bytes that are no UTF-8 read as code page 1252."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("cp1252" if _has_surrogate(text) else "utf-8", "replace")
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)

@@ -10,7 +10,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cybermesh.detect import calibration
-from cybermesh.detect.datasets import BENIGN, Dataset
+from cybermesh.detect.datasets import BENIGN, Dataset, is_foreign_file
 from cybermesh.detect.engines.classifier import Assessment, Classifier
 from cybermesh.detect.guard import Reason
 
@@ -50,23 +51,75 @@ class Evaluation:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a classifier said of n labelled rows: all that figures and plots need.
+
+    ``scores`` (float64[n]) is one less the probability of benign, ``confidence`` that of ``predicted``. ``abstained`` marks
+    what the guard refuses and what another extractor wrote, or everything where the whole file is another extractor's.
+    ``reasons`` counts abstentions by reason; ``skipped`` rows that were left out of the file.
+    """
+
+    labels: npt.NDArray[np.str_]
+    predicted: npt.NDArray[np.str_]
+    scores: Floats
+    confidence: Floats
+    abstained: npt.NDArray[np.bool_]
+    reasons: dict[str, int]
+    skipped: dict[str, int]
+
+    @property
+    def attack(self) -> npt.NDArray[np.bool_]:
+        """Mark of rows that are an attack, bool[n]."""
+        marked: npt.NDArray[np.bool_] = self.labels != BENIGN
+        return marked
+
+    @property
+    def reported(self) -> npt.NDArray[np.bool_]:
+        """Mark of rows reported as some attack, bool[n]."""
+        marked: npt.NDArray[np.bool_] = (self.predicted != BENIGN) & ~self.abstained
+        return marked
+
+
+def measure(classifier: Classifier, pieces: Iterable[Dataset]) -> Measured:
+    """Let a classifier judge the pieces of a file in turn; only what ``Measured`` holds is kept of each."""
+    classes = np.array(classifier.model.classes)
+    benign = classifier.model.classes.index(BENIGN)
+    kept: list[tuple[npt.NDArray[np.str_], npt.NDArray[np.str_], Floats, Floats, npt.NDArray[np.bool_]]] = []
+    reasons: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
+    foreign = odd = 0
+    for piece in pieces:
+        assessment = classifier.assess(piece.features, piece.known)
+        scores = 1.0 - assessment.probabilities[:, benign]
+        refused = ~assessment.judged | piece.foreign
+        kept.append((piece.labels, classes[assessment.decided], scores, assessment.confidence, refused))
+        reasons.update(_reasons(assessment, piece))
+        skipped.update(piece.skipped)
+        foreign, odd = foreign + int(piece.foreign.sum()), odd + piece.odd
+    labels, predicted, all_scores, confidence, abstained = (np.concatenate(column) for column in zip(*kept, strict=True))
+    if is_foreign_file(foreign, odd, len(labels)):
+        abstained = np.ones(len(labels), dtype=np.bool_)
+        reasons["foreign_file"] = len(labels)
+    return Measured(labels, predicted, all_scores, confidence, abstained, dict(reasons), dict(skipped))
+
+
 def evaluate(classifier: Classifier, dataset: Dataset) -> Evaluation:
     """Measure a classifier on a data set; classes of the data that the model does not know count as missed."""
-    assessment = classifier.assess(dataset.features, dataset.known)
-    classes = list(classifier.model.classes)
-    predicted = np.array(classes)[assessment.decided]
-    abstained = abstentions(assessment, dataset)
-    attack = dataset.labels != BENIGN
-    reported = (predicted != BENIGN) & ~abstained
-    names = [BENIGN, *sorted({*dataset.labels.tolist(), *predicted.tolist()} - {BENIGN})]
-    table = confusion(dataset.labels, predicted, names)
-    scores = 1.0 - assessment.probabilities[:, classes.index(BENIGN)]
-    judged = ~abstained
-    area = roc_auc(scores, attack)
-    large = [name for name in names if (dataset.labels == name).sum() >= ROWS_FOR_MACRO_MIN]
-    present = [name for name in names if (dataset.labels == name).any()]
+    return figures(measure(classifier, [dataset]))
+
+
+def figures(measured: Measured) -> Evaluation:
+    """Return the figures of what a classifier said, with their intervals."""
+    attack, reported, predicted, labels = measured.attack, measured.reported, measured.predicted, measured.labels
+    names = [BENIGN, *sorted({*np.unique(labels).tolist(), *np.unique(predicted).tolist()} - {BENIGN})]
+    table = confusion(labels, predicted, names)
+    judged = ~measured.abstained
+    area = roc_auc(measured.scores, attack)
+    large = [name for name in names if (labels == name).sum() >= ROWS_FOR_MACRO_MIN]
+    present = [name for name in names if (labels == name).any()]
     intervals = _class_intervals(table, names)
-    intervals["ood_share"] = wilson(int(abstained.sum()), len(dataset))
+    intervals["ood_share"] = wilson(int(measured.abstained.sum()), len(labels))
     if attack.any():
         intervals["attack_recall"] = wilson(int(reported[attack].sum()), int(attack.sum()))
     if not attack.all():
@@ -77,41 +130,34 @@ def evaluate(classifier: Classifier, dataset: Dataset) -> Evaluation:
         if chosen:
             intervals[key] = macro_f1_interval(table, [names.index(name) for name in chosen])
     return Evaluation(
-        rows=len(dataset),
+        rows=len(labels),
         macro_f1=macro_f1(table, [names.index(name) for name in large]) if large else None,
         macro_f1_all=macro_f1(table, [names.index(name) for name in present]),
         per_class=_per_class(table, names),
         attack_recall=float(reported[attack].mean()) if attack.any() else None,
         benign_fpr=float(reported[~attack].mean()) if not attack.all() else None,
         auc=area,
-        ece=calibration.expected_error(assessment.confidence[judged], (predicted == dataset.labels)[judged]),
-        ood_share=float(abstained.mean()),
+        ece=calibration.expected_error(measured.confidence[judged], (predicted == labels)[judged]),
+        ood_share=float(measured.abstained.mean()),
         intervals=intervals,
     )
 
 
-def abstentions(assessment: Assessment, dataset: Dataset) -> npt.NDArray[np.bool_]:
-    """Return bool[n]: what the guard refuses, what another extractor wrote, and all of a file that another extractor wrote."""
-    if dataset.foreign_file:
-        return np.ones(len(dataset), dtype=np.bool_)
-    return ~assessment.judged | dataset.foreign
-
-
-def abstention_reasons(assessment: Assessment, dataset: Dataset) -> dict[str, int]:
+def _reasons(assessment: Assessment, dataset: Dataset) -> dict[str, int]:
     """Count abstentions by reason; a row can have several."""
     counts = {
         (reason.name or "").lower(): int((assessment.reasons & np.uint8(reason)).astype(np.bool_).sum()) for reason in Reason
     }
     counts["contradiction"] = max(counts["contradiction"], int(dataset.foreign.sum()))
-    counts["foreign_file"] = len(dataset) if dataset.foreign_file else 0
     return {name: count for name, count in counts.items() if count}
 
 
 def confusion(truth: npt.NDArray[np.str_], predicted: npt.NDArray[np.str_], names: Sequence[str]) -> npt.NDArray[np.int64]:
     """Return int64[k, k]: rows are the true classes, columns the predicted ones, both in the order of ``names``."""
-    place = {name: index for index, name in enumerate(names)}
     table = np.zeros((len(names), len(names)), dtype=np.int64)
-    np.add.at(table, ([place[name] for name in truth.tolist()], [place[name] for name in predicted.tolist()]), 1)
+    for column, name in enumerate(names):
+        claimed = truth[predicted == name]
+        table[:, column] = [int((claimed == other).sum()) for other in names]
     return table
 
 

@@ -25,6 +25,8 @@ _LIMITS = """## Where it must not be believed
 def render(model: Model) -> str:
     """Return the card as Markdown; everything in it comes from the model's record."""
     record = model.record
+    if record.get("made_by") in {"adapt", "calibrate"}:
+        return _render_site(model)
     held_out = record["held_out"]
     lines = [
         f"# Model card: {model.name}",
@@ -62,6 +64,50 @@ def render(model: Model) -> str:
         "",
         "Never inputs: addresses, identifiers, times of day, ports, the protocol number, first windows, the shortest header,",
         "and columns that the training table defines otherwise than the meter.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _render_site(model: Model) -> str:
+    """Return the card of a model that was adapted or calibrated on a site."""
+    record, base = model.record, model.record["base"]
+    lines = [
+        f"# Model card: {model.name}",
+        "",
+        f"Made by `cybermesh {record['made_by']}` from {base['name']} `{base['digest'][:16]}`; seed {record['seed']}.",
+        f"Terms of the model it was made from: {base['terms']}",
+        "",
+        "## The site's rows",
+        f"- ordinary traffic: {record['rows_of_ordinary_traffic']} flows, SHA-256 `{record['quiet_sha256'] or 'none'}`",
+    ]
+    if record["made_by"] == "adapt":
+        lines += [
+            f"- labelled: {record['rows']} ({_pairs(record['rows_by_class'])}), {record['variant']}",
+            f"- SHA-256 of the labelled rows' file: `{record['data_sha256']}`",
+            f"- left out: {_pairs(record['rows_left_out'])}; {_pairs(record['versions'])}",
+        ]
+        shown = {"in folds of these rows, each judged by trees that had not seen it": record["folds"]}
+    else:
+        shown = {"the model before, on the ordinary traffic": record["before"], "after": record["after"]}
+    lines += ["", f"## Figures, benign false positives aimed at {record['fpr_max']:.2%} at most", ""]
+    for title, figures in shown.items():
+        lines += [f"{title}:", "", "| figure | value | 95 % interval |", "|---|---|---|"]
+        lines += [
+            f"| {key} | {figures[key]:.4f} | {_interval(figures, key)} |"
+            for key in ("attack_recall", "benign_fpr", "ood_share")
+            if key in figures
+        ]
+        lines.append("")
+    lines += [
+        "Rows of one day and one incident resemble each other: the next day may be worse than the folds. Types of attack that",
+        "the site has not shown are remembered from the model before, with a confidence below what a policy needs.",
+        "",
+        f"Threshold: benign's log-probability is moved by {model.benign_shift:+.3f}.",
+        "",
+        _LIMITS,
+        "## Inputs",
+        ", ".join(model.inputs),
         "",
     ]
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from cybermesh.detect.guard import Density
 from cybermesh.telemetry.features import DEFINITION_HASH, NAMES
 
 FORMAT = 1
-SHIPPED = "flow-classifier"
+SHIPPED, SITE = "flow-classifier", "site-classifier"
 ONNX, METADATA, CARD, SIGNATURE = "model.onnx", "model.json", "MODEL_CARD.md", "model.sig"
 SIGNED_DOMAIN = b"cybermesh/model/1\x00"
 ONNX_BYTES_MAX = 16 << 20
@@ -46,7 +46,8 @@ class Model:
     ``classes`` includes ``benign``; ``thresholds`` and ``ceilings`` have an entry for each of the others: the calibrated
     probability from which the class is reported, and the highest confidence that its calibration rows support. ``important``
     lists for each class the inputs that decided most; ``typical`` the 5 %, 50 % and 95 % quantiles of each input over benign
-    training rows. ``record`` is what the card says: data, terms, seed, versions, metrics.
+    training rows. ``record`` is what the card says: data, terms, seed, versions, metrics. ``benign_shift`` is added to the
+    logarithm of benign's probability before anything else is made of it: what a site's own traffic taught about its threshold.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Model:
     typical: Mapping[str, tuple[float, float, float]]
     record: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
+    benign_shift: float = 0.0
 
 
 def encode(model: Model, onnx: bytes) -> bytes:
@@ -79,6 +81,8 @@ def encode(model: Model, onnx: bytes) -> bytes:
         "record": dict(model.record),
         "onnx_sha256": hashlib.sha256(onnx).hexdigest(),
     }
+    if model.benign_shift:
+        body["benign_shift"] = model.benign_shift
     return _dump(body | {"sha256": hashlib.sha256(_dump(body)).hexdigest()}) + b"\n"
 
 
@@ -170,6 +174,7 @@ def _decode(path: Path, metadata: bytes) -> Model:
             typical={name: (low, middle, high) for name, (low, middle, high) in body["typical"].items()},
             record=body["record"],
             digest=hashlib.sha256(metadata).hexdigest(),
+            benign_shift=float(body.get("benign_shift", 0.0)),
         )
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{path}: not a model's metadata ({error!r}); name a directory written by cybermesh train") from error

@@ -74,7 +74,7 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True)
-class _Grown:
+class Grown:
     """Trees with what they were grown from; ``booster`` is LightGBM's."""
 
     booster: Any
@@ -82,7 +82,8 @@ class _Grown:
     classes: tuple[str, ...]
 
     def probabilities(self, features: Floats) -> Floats:
-        predicted: Floats = np.asarray(self.booster.predict(_matrix(features, self.inputs)), dtype=np.float64)
+        """Return float64[n, classes] of features float64[n, 79]."""
+        predicted: Floats = np.asarray(self.booster.predict(matrix(features, self.inputs)), dtype=np.float64)
         return predicted
 
 
@@ -111,7 +112,7 @@ def train(dataset: Dataset, seed: int, *, terms: str = "", progress: Progress = 
         "seed": seed,
         "rounds": ROUNDS,
         "parameters": dict(_PARAMETERS),
-        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "versions": versions(),
         "held_out": measured.to_json(),
     }
     progress("measuring what fingerprints would add, and each day from the others")
@@ -139,6 +140,11 @@ def require_extra() -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise TrainingError(f"training needs {package}: pip install 'cybermesh[train]'") from error
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide what trees come out."""
+    return {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
 def _usable(dataset: Dataset) -> Dataset:
@@ -181,23 +187,21 @@ def _build(dataset: Dataset, seed: int) -> tuple[Model, bytes]:
         thresholds=thresholds,
         ceilings=_ceilings(soft[judged], thresholds, classes),
         density=replace(everywhere, limits=familiar.limits),
-        important=_important(final),
-        typical=_typical(dataset.features[truth == 0], inputs),
+        important=important_inputs(final),
+        typical=typical_ranges(dataset.features[truth == 0], inputs),
     )
     return model, export(final)
 
 
-def _grow(
-    features: Floats, truth: npt.NDArray[np.intp], inputs: tuple[str, ...], classes: tuple[str, ...], seed: int
-) -> _Grown:
+def _grow(features: Floats, truth: npt.NDArray[np.intp], inputs: tuple[str, ...], classes: tuple[str, ...], seed: int) -> Grown:
     import lightgbm
 
-    table = lightgbm.Dataset(_matrix(features, inputs), label=truth, feature_name=list(inputs), free_raw_data=True)
+    table = lightgbm.Dataset(matrix(features, inputs), label=truth, feature_name=list(inputs), free_raw_data=True)
     parameters = dict(_PARAMETERS) | {"num_class": len(classes), "seed": seed}
-    return _Grown(lightgbm.train(parameters, table, num_boost_round=ROUNDS), inputs, classes)
+    return Grown(lightgbm.train(parameters, table, num_boost_round=ROUNDS), inputs, classes)
 
 
-def _matrix(features: Floats, inputs: Iterable[str]) -> Floats:
+def matrix(features: Floats, inputs: Iterable[str]) -> Floats:
     """Return the inputs rounded to float32, which is what the ONNX model compares with."""
     rounded: Floats = features[:, [COLUMN[name] for name in inputs]].astype(np.float32).astype(np.float64)
     return rounded
@@ -224,7 +228,8 @@ def _ceilings(soft: Floats, thresholds: Mapping[str, float], classes: tuple[str,
     }
 
 
-def _typical(benign: Floats, inputs: Iterable[str]) -> dict[str, tuple[float, float, float]]:
+def typical_ranges(benign: Floats, inputs: Iterable[str]) -> dict[str, tuple[float, float, float]]:
+    """Return the 5 %, 50 % and 95 % quantiles of each input over benign rows."""
     typical = {}
     for name in inputs:
         low, middle, high = np.quantile(benign[:, COLUMN[name]], [0.05, 0.5, 0.95])
@@ -232,7 +237,7 @@ def _typical(benign: Floats, inputs: Iterable[str]) -> dict[str, tuple[float, fl
     return typical
 
 
-def _important(grown: _Grown) -> dict[str, tuple[str, ...]]:
+def important_inputs(grown: Grown) -> dict[str, tuple[str, ...]]:
     """Return for each class the inputs whose splits gained most in its trees."""
     gains = np.zeros((len(grown.classes), len(grown.inputs)))
     for tree in grown.booster.dump_model()["tree_info"]:
@@ -248,7 +253,7 @@ def _important(grown: _Grown) -> dict[str, tuple[str, ...]]:
     }
 
 
-def export(grown: _Grown) -> bytes:
+def export(grown: Grown) -> bytes:
     """Return the trees as ONNX: from ``features`` float32[n, inputs] to ``probabilities`` float32[n, classes].
 
     The converter also declares a label output, with a shape that makes onnxruntime warn at every batch; it is taken out.

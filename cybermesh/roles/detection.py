@@ -23,8 +23,10 @@ class OpenDetector:
     without_classifier: str
 
 
-def open_detector(rules_dir: Path | None = None, model_dir: Path | None = None) -> OpenDetector:
+def open_detector(rules_dir: Path | None = None, model_dir: Path | None = None, site_key: str = "") -> OpenDetector:
     """Return a detector with the rules and the model of these directories, or with those shipped.
+
+    A model of the site's own is loaded when ``site_key`` (public, in hex) has signed it.
 
     Raises:
         RuleError: A rule file is not usable.
@@ -34,7 +36,7 @@ def open_detector(rules_dir: Path | None = None, model_dir: Path | None = None) 
     engines: list[Engine] = []
     reason = ""
     try:
-        engines.append(open_classifier() if model_dir is None else open_classifier(model_dir))
+        engines.append(open_classifier(model_dir, site_key=bytes.fromhex(site_key) or None))
     except ModelError as error:
         if model_dir is not None:
             raise

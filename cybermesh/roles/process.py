@@ -28,6 +28,7 @@ from cybermesh.consensus.transport import Transport
 from cybermesh.consensus.transport.memory import MemoryNetwork
 from cybermesh.consensus.transport.tcp import TcpTransport, listen_on
 from cybermesh.detect.engines.rule_file import RuleError
+from cybermesh.detect.modelfile import ModelError
 from cybermesh.enforce.decisions import Mode
 from cybermesh.enforce.state import FILE_NAME
 from cybermesh.enforce.state import State as AgentState
@@ -186,9 +187,12 @@ def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
     settings = context.settings
     positions = Positions(context.file("ai.positions.json"))
     try:
-        detector = open_detector(settings.detection.rules_dir, settings.detection.model_dir)
+        detection = settings.detection
+        detector = open_detector(detection.rules_dir, detection.model_dir, detection.site_key)
     except RuleError as error:
         raise ConfigError(f"detection.rules_dir: {error}") from error
+    except ModelError as error:
+        raise ConfigError(f"detection.model_dir: {error} (detection.site_key names that key)") from error
     sources: dict[str, Source] = {}
     for name in settings.telemetry.inputs:
         sources[name] = open_source(name, block=settings.telemetry.block_packets, position=positions.of(name))

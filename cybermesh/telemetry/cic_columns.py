@@ -17,6 +17,8 @@ from cybermesh.telemetry.features import CIC_NAMES, COLUMN, NAMES
 
 _RATES = ("flow_byts_s", "flow_pkts_s", "fwd_pkts_s", "bwd_pkts_s")
 _TCP = 6
+_PART_MIN = 0.9
+_INDISPENSABLE = ("flow_duration", "tot_fwd_pkts", "tot_bwd_pkts", "totlen_fwd_pkts", "totlen_bwd_pkts")
 
 # Where the original tables (2017, 2019) spell a column otherwise than the corrected ones (2022).
 _ORIGINAL = {
@@ -132,6 +134,17 @@ VARIANTS = _variants()
 def recognise(header: Sequence[str]) -> Variant | None:
     """Return the variant all of whose columns are in ``header``, or None."""
     return next((variant for variant in VARIANTS if len(variant.places(header)) == len(variant.columns)), None)
+
+
+def recognise_partly(header: Sequence[str]) -> Variant | None:
+    """Return the variant of a header that lacks a few columns: at least nine in ten are there, and all that flows are told by.
+
+    Ports, protocol and whatever else is missing are unknown features then.
+    """
+    variant = nearest(header)
+    there = variant.places(header)
+    enough = len(there) >= _PART_MIN * len(variant.columns)
+    return variant if enough and all(name in there for name in _INDISPENSABLE) else None
 
 
 def nearest(header: Sequence[str]) -> Variant:

@@ -52,10 +52,12 @@ def test_gzip_reads_like_plain_text_and_the_digest_is_the_files(tmp_path: Path) 
 
 def test_an_unknown_header_names_the_nearest_variant_and_what_differs(tmp_path: Path) -> None:
     of = variant("improved")
-    columns = {name: column for name, column in of.columns.items() if name != "idle_min"} | {"extra": "Idle Minimum"}
+    gone = [f"{side}_pkt_len_{what}" for side in ("fwd", "bwd") for what in ("max", "min", "mean", "std")]
+    columns = {name: column for name, column in of.columns.items() if name not in {*gone, "idle_min"}}
+    columns |= {"extra": "Idle Minimum"}
     path = tmp_path / "t.csv"
     path.write_text(",".join([*columns.values(), "Label"]) + "\n" + ",".join(["0"] * (len(columns) + 1)) + "\n")
-    with pytest.raises(DatasetError, match=r"nearest: CIC improved.*'Idle Min'.*'Idle Minimum'"):
+    with pytest.raises(DatasetError, match=r"nearest: CIC improved.*'Fwd Packet Length Max'.*'Idle Minimum'"):
         read(path)
 
 
@@ -81,14 +83,58 @@ def test_a_missing_file_and_a_missing_label_say_so(tmp_path: Path) -> None:
         read(path)
 
 
-def test_an_unknown_label_names_its_line_and_an_attempt_is_left_out(tmp_path: Path) -> None:
+def test_a_few_missing_columns_are_unknown_features(tmp_path: Path) -> None:
+    of = variant("improved")
+    columns = {name: column for name, column in of.columns.items() if name not in {"src_port", "dst_port", "idle_min"}}
+    dataset = read(write_table(tmp_path / "t.csv", of, as_improved(flows(KINDS)), NAMED, header=columns))
+    assert not dataset.known[[COLUMN["src_port"], COLUMN["dst_port"], COLUMN["idle_min"]]].any()
+    assert dataset.known[COLUMN["flow_duration"]]
+    assert not dataset.foreign.any()
+
+
+def test_unknown_labels_and_attempts_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = as_improved(flows(KINDS))
     labels = ["DoS Hulk - Attempted", *NAMED[1:]]
     dataset = read(write_table(tmp_path / "t.csv", variant("improved"), rows, labels))
     assert len(dataset) == len(rows) - 1
     assert dataset.skipped == {"attempted attack without effect": 1}
-    with pytest.raises(DatasetError, match=r"line 4: unknown label 'Bananas'"):
-        read(write_table(tmp_path / "t.csv", variant("improved"), rows, [*NAMED[:2], "Bananas", *NAMED[3:]]))
+    labels = [*NAMED[:2], "Bananas", *NAMED[3:]]
+    dataset = read(write_table(tmp_path / "t.csv", variant("improved"), rows, labels))
+    assert (len(dataset), dataset.skipped) == (len(rows) - 1, {"unknown label 'Bananas'": 1})
+    nothing = [f"fruit {number}" for number in range(len(rows))]
+    with pytest.raises(DatasetError, match=r"no usable row .*unknown label 'fruit 0'.*known classes"):
+        read(write_table(tmp_path / "t.csv", variant("improved"), rows, nothing))
+
+
+def test_a_file_in_pieces_is_the_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_table(tmp_path / "t.csv", variant("improved"), as_improved(flows(KINDS)), NAMED)
+    whole = read(path)
+    monkeypatch.setattr(datasets, "PIECE_ROWS", 3)
+    pieces = list(datasets.stream(path))
+    assert max(map(len, pieces)) == 3
+    np.testing.assert_array_equal(read(path).features, whole.features)
+    np.testing.assert_array_equal(read(path).order, whole.order)
+    assert {piece.digest for piece in pieces} == {whole.digest}
+
+
+def test_not_a_number_infinity_and_empty_cells_stand_for_rates_that_do_not_exist(tmp_path: Path) -> None:
+    rows = as_improved(flows(["port_scan"] * 3))
+    for name in ("flow_duration", "flow_iat_mean", "flow_iat_max", "flow_iat_min", "fwd_iat_tot", "bwd_iat_tot"):
+        rows[:, COLUMN[name]] = 0
+    for name in ("flow_byts_s", "flow_pkts_s", "fwd_pkts_s", "bwd_pkts_s"):
+        rows[:, COLUMN[name]] = [np.nan, np.inf, -1]
+    path = write_table(tmp_path / "t.csv", variant("improved"), rows, ["Portscan"] * 3)
+    path.write_text(path.read_text().replace("nan", "").replace("inf", " Infinity"))
+    dataset = read(path)
+    assert len(dataset) == 3
+    assert not dataset.foreign.any()
+    assert (dataset.features[:, COLUMN["flow_byts_s"]] == 0).all()
+
+
+def test_rows_can_be_presumed_benign_whatever_their_label_column_says(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.csv", variant("improved"), as_improved(flows(KINDS)), NAMED)
+    path.write_text(path.read_text().replace("Label", "Verdict"))
+    assert set(read(path, presumed="benign").labels.tolist()) == {"benign"}
 
 
 def test_broken_rows_are_counted_not_fatal(tmp_path: Path) -> None:

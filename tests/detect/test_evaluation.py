@@ -134,7 +134,7 @@ def test_rows_of_other_extractors_are_flagged_and_clean_ones_are_not(
         """Return the shares flagged row by row, and by the file they are in."""
         dataset = read(write_table(tmp_path / "rows.csv", variant("improved"), rows, labels))
         assessment = early_model.assess(dataset.features, dataset.known)
-        return (~assessment.judged | dataset.foreign).mean(), evaluation.abstentions(assessment, dataset).mean()
+        return (~assessment.judged | dataset.foreign).mean(), evaluation.measure(early_model, [dataset]).abstained.mean()
 
     assert share(raw)[1] <= 0.03
     together = raw

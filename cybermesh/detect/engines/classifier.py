@@ -17,6 +17,7 @@ Only flows are judged; windows are other engines' work.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +109,8 @@ class Classifier:
         for start in range(0, len(features), BATCH_ROWS):
             piece = slice(start, start + BATCH_ROWS)
             rows = features[piece]
-            raw[piece] = self._session.run(["probabilities"], {"features": rows[:, self._columns].astype(np.float32)})[0]
+            scored = self._session.run(["probabilities"], {"features": rows[:, self._columns].astype(np.float32)})[0]
+            raw[piece] = calibration.shift(scored.astype(np.float64), self._benign, self.model.benign_shift)
             reasons[piece] = guard.reasons(self.model.density, rows, known, raw[piece].argmax(axis=1))
         if unknown:
             reasons |= np.uint8(Reason.UNKNOWN_INPUT)
@@ -135,6 +137,18 @@ class Classifier:
         self.unlisted += max(len(enough) - FINDINGS_MAX, 0)
         self._reported = np.concatenate([np.empty(0, dtype=np.intp), *(rows for _, rows in enough)])
         return [self._finding(flows, assessment, kind, rows) for kind, rows in enough[:FINDINGS_MAX]]
+
+    def replay(self, values: Mapping[str, float]) -> tuple[str, float]:
+        """Judge again the flow of which evidence holds every input; return the type and the confidence it has.
+
+        Raises:
+            KeyError: a value is missing.
+        """
+        features = np.zeros((1, len(COLUMN)))
+        for name in self.model.inputs:
+            features[0, COLUMN[name]] = values[name]
+        assessment = self.assess(features, np.ones(len(COLUMN), dtype=np.bool_))
+        return self.model.classes[int(assessment.decided[0])], float(assessment.confidence[0])
 
     def score_windows(self, windows: WindowBatch) -> list[Finding]:
         """Return nothing: the classifier judges flows."""
@@ -180,7 +194,7 @@ class Classifier:
         strongest = int(rows[np.argmax(assessment.confidence[rows])])
         values = {
             name: float(flows.features[strongest, COLUMN[name]])
-            for name in self.model.important.get(type_, ())[:_SHOWN_FEATURES]
+            for name in (*self.model.important.get(type_, ())[:_SHOWN_FEATURES], *self.model.inputs)  # all, so that it replays
         }
         score = float(assessment.confidence[rows].mean())
         severity = _SEVERITY.get(type_, _SEVERITY_OTHERWISE)
