@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cybermesh.detect.pipeline import Pipeline
     from cybermesh.telemetry.sources import Batch, Source
 
-Inputs = Annotated[list[str], typer.Argument(metavar="INPUT…", help="Captures (pcap, pcapng, .gz, .zst), or - for stdin.")]
+Inputs = Annotated[list[str], typer.Argument(metavar="INPUT…", help="Captures, logs, Zeek, Suricata, flow tables, or -.")]
 RulesFolder = Annotated[Path | None, typer.Option("--rules", help="Folder with rule files instead of the shipped ones.")]
 FailOnAlert = Annotated[bool, typer.Option("--fail-on-alert", help="Exit with 1 if there is any alert.")]
 SiteModel = Annotated[
@@ -44,23 +44,14 @@ def detect(
     evidence: Evidence = False,
     fail_on_alert: FailOnAlert = False,
 ) -> None:
-    """Report the attacks in captures, as suricata -r does.
+    """Report the attacks in captures and logs; several inputs are one case, so one attack seen in two of them is one alert.
 
-    Examples: [bold]cybermesh detect trace.pcap[/bold] · [bold]zcat trace.pcap.gz | cybermesh detect - -o ndjson[/bold]
+    Examples: [bold]cybermesh detect trace.pcap[/bold] · [bold]cybermesh detect trace.pcap auth.log -o json[/bold]
     """
-    from cybermesh.telemetry.sources import SourceError
-
     form = output.Format.JSON if json else form
     rule_set = load_rules(rules)
-    key = public_key(site_key)
-    found: list[Detection] = []
-    failed = 0
-    for spec in inputs:
-        try:
-            found += _detect_one(spec, rule_set, None if no_classifier else _classifier(model, key))
-        except SourceError as error:
-            output.complain(str(error))
-            failed += 1
+    classifier = None if no_classifier else _classifier(model, public_key(site_key))
+    found, failed = _detect(inputs, rule_set, classifier)
     if form is output.Format.HUMAN:
         _print(found)
     else:
@@ -104,25 +95,40 @@ def as_object(detection: Detection) -> dict[str, object]:
     }
 
 
-def _detect_one(spec: str, rules: RuleSet, classifier: Classifier | None) -> list[Detection]:
-    """Run one input through a pipeline of its own."""
+def _detect(specs: list[str], rules: RuleSet, classifier: Classifier | None) -> tuple[list[Detection], int]:
+    """Run all inputs through one pipeline, in order of their times; return the alerts, and how many inputs were not readable.
+
+    What one input shows of an incident and another shows too is one alert.
+    """
     from cybermesh.detect.pipeline import Decision, build, latest
     from cybermesh.telemetry.features import NAMES
     from cybermesh.telemetry.meter import FlowMeter
+    from cybermesh.telemetry.sources import SourceError
     from cybermesh.telemetry.sources.choose import open_source
 
-    with contextlib.closing(open_source(spec)) as source:
-        pipeline = build(
-            rules,
-            meter=FlowMeter(),
-            flow_names=NAMES,
-            more_engines=() if classifier is None else (classifier,),
-            decision=Decision(model_digest="" if classifier is None else classifier.model.digest),
-        )
-        found = [detection for batch in _with_progress(source) for detection in pipeline.feed(batch)]
+    pipeline = build(
+        rules,
+        meter=FlowMeter(),
+        flow_names=NAMES,
+        more_engines=() if classifier is None else (classifier,),
+        decision=Decision(model_digest="" if classifier is None else classifier.model.digest),
+    )
+    failed: list[str] = []
+    with contextlib.ExitStack() as stack:
+        sources = []
+        for spec in specs:
+            try:
+                sources.append(stack.enter_context(contextlib.closing(open_source(spec))))
+            except SourceError as error:
+                failed.append(str(error))
+        found = [detection for batch in _with_progress(sources, failed) for detection in pipeline.feed(batch)]
         found += pipeline.finish()
-        _tell(source, pipeline)
-    return latest(found)
+        for message in failed:
+            output.complain(message)
+        for source in sources:
+            _tell(source, pipeline if len(sources) == 1 else None)
+    _tell_failures(pipeline)
+    return latest(found), len(failed)
 
 
 def _classifier(model: Path | None, site_key: bytes | None) -> Classifier | None:
@@ -139,35 +145,39 @@ def _classifier(model: Path | None, site_key: bytes | None) -> Classifier | None
         return None
 
 
-def _with_progress(source: Source) -> Iterator[Batch]:
-    """Yield the source's batches; on a terminal, show how far the input has been read."""
+def _with_progress(sources: Sequence[Source], failed: list[str]) -> Iterator[Batch]:
+    """Yield the sources' batches in order of time; on a terminal, show how far the inputs have been read."""
+    from cybermesh.telemetry.sources.merged import merged
+
     if not sys.stderr.isatty():
-        yield from source.batches()
+        yield from merged(sources, failed)
         return
     from rich.progress import Progress
 
     with Progress(console=output.console(stderr=True), transient=True) as progress:
-        task = progress.add_task(source.name, total=1.0)
-        for batch in source.batches():
+        task = progress.add_task(", ".join(source.name for source in sources), total=float(len(sources)))
+        for batch in merged(sources, failed):
             yield batch
-            progress.update(task, completed=source.progress or 0.0)
+            progress.update(task, completed=sum(source.progress or 0.0 for source in sources))
 
 
-def _tell(source: Source, pipeline: Pipeline) -> None:
-    """Say on stderr what was read and what was left out."""
+def _tell(source: Source, pipeline: Pipeline | None) -> None:
+    """Say on stderr what was read and what was left out, and what a pipeline of its own made of it."""
     counters = source.counters
     skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(counters.skipped.items()))
     output.note(
-        f"{source.name}: {counters.packets} {counters.unit}, {pipeline.flows} flows"
-        + (f", {pipeline.events} events" if pipeline.events else "")
+        f"{source.name}: {counters.packets} {counters.unit}"
+        + (f", {pipeline.flows} flows" if pipeline is not None else "")
+        + (f", {pipeline.events} events" if pipeline is not None and pipeline.events else "")
         + (f"; skipped: {skipped}" if skipped else "")
         + (f"; {counters.ended}" if counters.ended else "")
     )
+
+
+def _tell_failures(pipeline: Pipeline) -> None:
     for name, engine in pipeline.detector.counters.items():
         if engine.failures:
-            output.note(
-                f"{source.name}: engine {name} failed {engine.failures} times ({engine.last_failure}); the others went on"
-            )
+            output.note(f"engine {name} failed {engine.failures} times ({engine.last_failure}); the others went on")
 
 
 def _iso(time_us: int) -> str:

@@ -17,11 +17,13 @@ from cybermesh.detect.engines.rules import RuleEngine
 from cybermesh.detect.engines.statistics import METRICS, WINDOW_S, StatisticsEngine
 from cybermesh.detect.ensemble import Ensemble
 from cybermesh.telemetry.dns import DnsBatch
+from cybermesh.telemetry.dns_packets import DnsReader
 from cybermesh.telemetry.events import EventBatch
 from cybermesh.telemetry.flows import FlowBatch
 from cybermesh.telemetry.packets import PacketBatch
 from cybermesh.telemetry.sources import Batch
 from cybermesh.telemetry.windows import EVENT_COUNTS, Scope, WindowBatch
+from cybermesh.telemetry.windows_dns import DnsWindows
 from cybermesh.telemetry.windows_reports import EventWindows, FlowWindows
 from cybermesh.telemetry.windows_sliding import SlidingWindows
 
@@ -45,6 +47,7 @@ class Windows:
     packets: SlidingWindows
     flows: FlowWindows
     events: EventWindows
+    dns: DnsWindows
 
 
 class Pipeline:
@@ -54,18 +57,20 @@ class Pipeline:
         self.windows = windows.packets
         self.flow_windows = windows.flows
         self.event_windows = windows.events
+        self.dns_windows = windows.dns
         self.detector = detector
         self.packets = 0
         self.flows = 0
         self.events = 0
         self._meter = meter
+        self._dns = DnsReader()
 
     def feed(self, batch: Batch, *, prompt: bool = False) -> list[Detection]:
         """Take a batch of a source; return the alerts that are new or escalate."""
         match batch:
             case PacketBatch():
                 self.packets += len(batch)
-                rows = self.windows.update(batch)
+                rows = self.windows.update(batch) + self.dns_windows.update(self._dns.read(batch))
                 flows = self._metered(batch)
             case FlowBatch():
                 self.flows += len(batch)
@@ -75,7 +80,7 @@ class Pipeline:
                 rows, flows = self.event_windows.update(batch), None
             case DnsBatch():
                 self.events += len(batch)
-                rows, flows = [], None
+                rows, flows = self.dns_windows.update(batch), None
             case _:
                 assert_never(batch)
         if prompt:
@@ -90,8 +95,8 @@ class Pipeline:
         return self.detector.detect(flows, rows) + self.detector.finish()
 
     @property
-    def _windows(self) -> tuple[SlidingWindows, FlowWindows, EventWindows]:
-        return self.windows, self.flow_windows, self.event_windows
+    def _windows(self) -> tuple[SlidingWindows, FlowWindows, EventWindows, DnsWindows]:
+        return self.windows, self.flow_windows, self.event_windows, self.dns_windows
 
     def _metered(self, batch: PacketBatch) -> FlowBatch | None:
         if self._meter is None:
@@ -136,7 +141,9 @@ def build(
     engines += more_engines
     detector = Detector(engines, decision.ensemble, decision.limits, rules, decision.model_digest)
     of_packets = wanted(RuleSet(tuple(rule for rule in rules.rules if not rule.names & EVENT_COUNTS)))
-    windows = Windows(SlidingWindows(of_packets), FlowWindows(of_packets), EventWindows(rules.wanted()))
+    windows = Windows(
+        SlidingWindows(of_packets), FlowWindows(of_packets), EventWindows(rules.wanted()), DnsWindows(rules.wanted())
+    )
     return Pipeline(windows, meter, detector)
 
 

@@ -23,8 +23,12 @@ class Scope(enum.StrEnum):
     DESTINATION = "destination"  # one responder, everything opened towards it
     PAIR = "pair"  # one initiator towards one responder
     FANOUT = "fanout"  # one initiator on one destination port and protocol, towards everybody
+    DOMAIN = "domain"  # one client and one parent domain it asks for names in
+    RESOLVER = "resolver"  # one client and one DNS server
     SERVICE = "service"  # one initiator on one port of one responder, established connections only
 
+
+DNS_SCOPES = frozenset({Scope.DOMAIN, Scope.RESOLVER})  # of DNS messages; the others are of packets and what stands for them
 
 # Integer counts, kept per entity. The comments give unit and meaning; "out" is initiator to responder.
 COUNTS = (
@@ -61,10 +65,25 @@ COUNTS = (
     "web_exploits",  # requests that carry a known attack pattern (telemetry.web_requests)
     "data_out",  # TCP packets with payload
     "data_in",
+    "dns_questions",
+    "dns_answers",
+    "dns_nxdomain",
+    "dns_odd",  # questions for types that carry data and little else: NULL, KEY, private ones
+    "dns_data_types",  # questions for these, TXT, CNAME, MX and SRV
+    "dns_long",  # questions whose name has 52 bytes or more
+    "dns_name_bytes",  # of all names asked for
+    "dns_name_bits",  # entropy of their characters below the parent domain, summed
+    "dns_answer_bytes",  # of the answers, packets only
     "unasked",  # UDP packets to somebody who sent none in that conversation: answers to a question nobody asked
 )
 
 EVENT_COUNTS = frozenset({"login_successes"})  # no packet tells it
+DNS_NAMES = frozenset(name for name in COUNTS if name.startswith("dns_")) | {
+    "names",
+    "nx_domains",
+    "name_entropy",
+    "name_share",
+}
 
 # Derived when a row is emitted.
 DERIVED = (
@@ -80,6 +99,10 @@ DERIVED = (
     "port_share",  # share of the packets that go to the most used port, 0-1
     "peer_share",  # share of the packets of the most active counterpart, 0-1
     "span_s",  # seconds between the first and the last packet in the window
+    "names",  # distinct DNS names
+    "nx_domains",  # distinct parent domains answered by NXDOMAIN (RESOLVER only)
+    "name_entropy",  # bits, over messages per name
+    "name_share",  # share of the messages that are about the most frequent name, 0-1
     "open",  # connections established in the window and not ended in it
     "protocols",  # distinct IP protocols attempted besides TCP, UDP and ICMP
     "company",  # other sources that try about as many ports of the same destination, mostly in vain (PAIR only): decoys
@@ -111,6 +134,8 @@ class Service(enum.IntEnum):
 class WindowBatch:
     """Rows of n entities of one scope, evaluated at ``end_us`` over the ``window_s`` seconds before.
 
+    Of the DNS scopes ``source`` is the client; ``peer`` (DOMAIN) or ``destination`` (RESOLVER) the server it asked.
+
     ``source`` is zero for scope DESTINATION, ``destination`` for SOURCE and FANOUT. ``port`` and ``protocol`` are part of the
     key for FANOUT and SERVICE, else those of most packets (0: none). ``peer`` is the counterpart with the most attempts (the
     victim for SOURCE and FANOUT, the top attacker for DESTINATION, zero for PAIR and SERVICE). ``last_us`` is the time of the
@@ -130,6 +155,7 @@ class WindowBatch:
     last_us: npt.NDArray[np.int64]
     values: npt.NDArray[np.float64]
     known: npt.NDArray[np.bool_]  # [len(NAMES)]
+    domain: npt.NDArray[np.object_] | None = None  # str, of scope DOMAIN
 
     def __len__(self) -> int:
         return len(self.first_us)

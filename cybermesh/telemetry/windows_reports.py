@@ -23,7 +23,7 @@ from cybermesh.telemetry.events import EventBatch, EventKind, Outcome
 from cybermesh.telemetry.features import COLUMN as FEATURE
 from cybermesh.telemetry.flows import FlowBatch
 from cybermesh.telemetry.web_requests import Web, request_mark
-from cybermesh.telemetry.windows import COLUMN, COUNTS, NAMES, Scope, WindowBatch
+from cybermesh.telemetry.windows import COLUMN, COUNTS, DNS_NAMES, DNS_SCOPES, EVENT_COUNTS, NAMES, Scope, WindowBatch
 from cybermesh.telemetry.windows_connections import SHORT_SESSION_BYTES, SHORT_SESSION_US, Rows, service_of
 from cybermesh.telemetry.windows_rows import KINDS, window_rows
 from cybermesh.telemetry.windows_sliding import CAPACITY, ITEMS_MAX, LOG_MAX, additions
@@ -50,14 +50,17 @@ _EVENT_KNOWN: tuple[str, ...] = (
     "web_exploits",
 )
 _EVENT_KNOWN += ("established", "span_s")
+_NOT_OF_ITEMS = frozenset(_EVENT_KNOWN)
 _ECHO_TYPES = (8, 128)  # requests of ICMP and ICMPv6
 
 
-class _Tables:
+class Tables:
     """Sliding tables of several scopes, fed in order of time, with the mask of what is known in them."""
 
     def __init__(self, wanted: Mapping[Scope, tuple[int, ...]], known: frozenset[str], capacity: int) -> None:
+        self._own = np.isin(NAMES, sorted(known & (DNS_NAMES | EVENT_COUNTS | _NOT_OF_ITEMS)))
         self._timeline = Timeline()
+        self._part_max = max(1, capacity // 4)  # so that a table has room for what is new in a part
         self.tables = {
             scope: SlidingTable(tuple(sorted(set(windows_s))), len(KINDS[scope]), capacity, ITEMS_MAX, LOG_MAX)
             for scope, windows_s in wanted.items()
@@ -68,10 +71,14 @@ class _Tables:
         self._newest_us = 0
 
     def hops(self, times_us: _I64) -> tuple[list[tuple[int, slice]], _I64]:
-        """Return the hops of times in order, each with its part of them, and the times as far as they are believed."""
+        """Return the hops of times in order, each in one part or more, and the times as far as they are believed."""
         hops, believed = self._timeline.place(times_us)
         ends = [*(np.nonzero(np.diff(hops))[0] + 1).tolist(), len(hops)]
-        parts = [(int(hops[start]), slice(start, end)) for start, end in zip([0, *ends], ends, strict=False) if end > start]
+        parts = [
+            (int(hops[at]), slice(at, min(end, at + self._part_max)))
+            for start, end in zip([0, *ends], ends, strict=False)
+            for at in range(start, end, self._part_max)
+        ]
         return parts, believed
 
     def enter(self, hop: int, newest_us: int) -> list[WindowBatch]:
@@ -97,7 +104,7 @@ class _Tables:
             for window in range(len(table.windows_s)):
                 if len(slots[scope]):
                     rows = window_rows(table, scope, window, slots[scope], self._newest_us)
-                    known = self.known & (rows.known | np.isin(NAMES, _EVENT_KNOWN))
+                    known = self.known & (rows.known | self._own)
                     found.append(replace(rows, known=known, values=np.where(known, rows.values, 0.0)))
         return found
 
@@ -106,7 +113,8 @@ class FlowWindows:
     """Windows over flows that other meters report; the mask is that of the first batch, and shrinks with later ones'."""
 
     def __init__(self, wanted: Mapping[Scope, tuple[int, ...]], capacity: int = CAPACITY) -> None:
-        self._tables = _Tables(wanted, frozenset({*_FLOW_COUNTS, *_FLOW_BYTES, *_FLOW_DERIVED}), capacity)
+        wanted = {scope: lengths for scope, lengths in wanted.items() if scope not in DNS_SCOPES}
+        self._tables = Tables(wanted, frozenset({*_FLOW_COUNTS, *_FLOW_BYTES, *_FLOW_DERIVED}), capacity)
 
     @property
     def overflow(self) -> Mapping[Scope, Overflow]:
@@ -149,7 +157,7 @@ class EventWindows:
         chosen: dict[Scope, tuple[int, ...]] = {
             scope: lengths for scope, lengths in wanted.items() if scope in (Scope.SOURCE, Scope.SERVICE)
         }
-        self._tables = _Tables(chosen, frozenset(_EVENT_KNOWN), capacity)
+        self._tables = Tables(chosen, frozenset(_EVENT_KNOWN), capacity)
 
     def update(self, events: EventBatch) -> list[WindowBatch]:
         """Count a batch; return the rows of every second that ended with it."""

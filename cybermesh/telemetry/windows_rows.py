@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from cybermesh.telemetry.windows import COLUMN, COUNTS, EVENT_COUNTS, NAMES, Scope, WindowBatch
+from cybermesh.telemetry.windows import COLUMN, COUNTS, DNS_NAMES, EVENT_COUNTS, NAMES, Scope, WindowBatch
 from cybermesh.telemetry.windows_table import SKETCH_CELLS, SlidingTable
 
 KINDS: Mapping[Scope, tuple[str, ...]] = {  # the items each scope's table keeps, in order
@@ -15,6 +15,8 @@ KINDS: Mapping[Scope, tuple[str, ...]] = {  # the items each scope's table keeps
     Scope.DESTINATION: ("ports", "peers"),
     Scope.PAIR: ("ports",),
     Scope.FANOUT: ("peers", "networks"),
+    Scope.DOMAIN: ("names",),
+    Scope.RESOLVER: ("names", "nx_domains"),
     Scope.SERVICE: (),
 }
 _CELL = 0x80
@@ -41,7 +43,7 @@ def window_rows(table: SlidingTable, scope: Scope, window: int, slots: npt.NDArr
     if "peers" in tops:
         peer = tops["peers"]
     known = np.ones(len(NAMES), np.bool_)
-    known[[COLUMN[name] for name in EVENT_COUNTS]] = False
+    known[[COLUMN[name] for name in EVENT_COUNTS | DNS_NAMES]] = False
     for name in ("ports", "peers", "networks"):
         known[COLUMN[name]] = name in kinds
     known[COLUMN["company"]] = scope is Scope.PAIR
@@ -118,7 +120,7 @@ def _items(
     tops: dict[str, npt.NDArray[np.uint8]] = {}
     for number, name in enumerate(kinds):
         exact, cell = kind_of == number, kind_of == (number | _CELL)
-        if name != "networks":
+        if name not in ("networks", "nx_domains"):
             tops[name] = _concentration(
                 name[:-1], row, weights * (exact | cell)[:, None], np.nonzero(exact)[0], value_of, values
             )
@@ -127,6 +129,8 @@ def _items(
             unusual = exact & counted & (value_of[:, 0] == 0) & (value_of[:, 1] == 0) & ~np.isin(value_of[:, 2], _USUAL)
             values[:, COLUMN["protocols"]] = np.bincount(row[unusual], minlength=len(slots))
             counted &= cell | (value_of[:, 2] == _TCP) | (value_of[:, 2] == _UDP)
+        if name == "nx_domains":  # a zero stands for an answer that was not NXDOMAIN
+            counted &= cell | value_of.any(axis=1)
         cells = np.minimum(np.bincount(row[counted & cell], minlength=len(slots)), SKETCH_CELLS - 1)
         sketched = np.round(-SKETCH_CELLS * np.log1p(-cells / SKETCH_CELLS))
         values[:, COLUMN[name]] = np.bincount(row[counted & exact], minlength=len(slots)) + sketched

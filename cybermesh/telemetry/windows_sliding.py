@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cybermesh.telemetry.packets import PacketBatch
-from cybermesh.telemetry.windows import COUNTS, Scope, WindowBatch
+from cybermesh.telemetry.windows import COUNTS, DNS_SCOPES, Scope, WindowBatch
 from cybermesh.telemetry.windows_columns import Columns, columns, joined
 from cybermesh.telemetry.windows_connections import Connections, Rows
 from cybermesh.telemetry.windows_keys import group
@@ -48,7 +48,7 @@ class SlidingWindows:
         self._tables = {
             scope: SlidingTable(tuple(sorted(set(windows_s))), len(KINDS[scope]), capacity, items_max, log_max)
             for scope, windows_s in wanted.items()
-            if windows_s
+            if windows_s and scope not in DNS_SCOPES
         }
         self._waiting: list[Columns] = []
         self._waiting_rows = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 from pathlib import Path
@@ -34,8 +35,30 @@ def test_detect_prints_an_array_with_one_object_per_alert(capsys: pytest.Capture
 
 
 def test_detect_prints_one_object_a_line_as_ndjson(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("detect", str(DEMO), str(DEMO), "-o", "ndjson", "--no-classifier") == 0
-    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 6
+    assert call("detect", str(DEMO), "-o", "ndjson", "--no-classifier") == 0
+    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 3
+
+
+def test_what_a_capture_and_a_log_both_show_is_one_alert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = json.loads(DEMO.with_suffix(".labels.json").read_text())
+    (attack,) = [attack for attack in labels["attacks"] if attack["type"] == "brute_force"]
+    lines = []
+    for number in range(60):
+        at = datetime.datetime.fromtimestamp(attack["first_us"] / 1e6 + number / 40, datetime.UTC)
+        lines.append(
+            f"{at.isoformat()} gate sshd[{number}]: Failed password for root from 203.0.113.66 port {number + 1024} ssh2"
+        )
+    log = tmp_path / "auth.log"
+    log.write_text("\n".join(lines) + "\n")
+    told = {}
+    for inputs in ((DEMO,), (log,), (DEMO, log), (log, DEMO)):
+        assert call("detect", *map(str, inputs), "--json", "--no-classifier") == 0
+        alerts = json.loads(capsys.readouterr().out)
+        told[inputs] = [(alert["type"], alert["source"]) for alert in alerts]
+    guesser = ("brute_force", "203.0.113.66")
+    assert told[(log,)] == [guesser]
+    assert told[(DEMO,)].count(guesser) == 1
+    assert sorted(told[(DEMO, log)]) == sorted(told[(log, DEMO)]) == sorted(told[(DEMO,)])
 
 
 def test_detect_tells_people_what_it_proposes(capsys: pytest.CaptureFixture[str]) -> None:

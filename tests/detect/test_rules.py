@@ -47,7 +47,7 @@ def test_a_shipped_rule_reaches_its_types_threshold_where_it_fires(rule: Rule) -
 
 
 def test_the_shipped_rules_cover_what_they_promise() -> None:
-    assert {rule.id.split("-")[0] for rule in RULES} == {"flood", "slow", "scan", "brute", "web"}
+    assert {rule.id.split("-")[0] for rule in RULES} == {"flood", "slow", "scan", "brute", "web", "dns"}
     floods = {rule.id for rule in RULES if rule.id.startswith("flood") and not rule.id.startswith("flood-http")}
     assert {rule.id for rule in RULES if rule.spoofable} == floods  # who floods by HTTP has shaken hands
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -407,6 +408,41 @@ def traceroute(at: float) -> Iterator[Packet]:
 def video_stream(at: float) -> Iterator[Packet]:
     for number in range(9000):
         yield Packet(at + number * 0.001, "10.8.0.9", "10.3.0.8", 5004, 5006, 17, payload=b"v" * 600)
+
+
+def dns(
+    at: float, names: Iterable[str], qtype: int = 1, rcode: int = 0, gap: float = 0.3, client: str = ATTACKER
+) -> Iterator[Packet]:
+    """A question and its answer (without records) for each name."""
+    for number, name in enumerate(names):
+        question = b"".join(bytes([len(label)]) + label.encode() for label in name.split(".")) + b"\0"
+        question += qtype.to_bytes(2, "big") + b"\0\1"
+        head, sport = number.to_bytes(2, "big"), 20_000 + number % 40_000
+        ask = head + b"\x01\0\0\1" + bytes(6) + question
+        answer = head + bytes([0x81, 0x80 | rcode]) + b"\0\1" + bytes(6) + question
+        yield Packet(at + number * gap, client, VICTIM, sport, 53, 17, payload=ask)
+        yield Packet(at + number * gap + 0.01, VICTIM, client, 53, sport, 17, payload=answer)
+
+
+def noise(count: int, length: int) -> Iterator[str]:
+    """Labels as encoders of base 32 write them, each new."""
+    for number in range(count):
+        digest = hashlib.shake_128(str(number).encode()).digest(length)
+        yield "".join("abcdefghijklmnopqrstuvwxyz234567"[byte % 32] for byte in digest)
+
+
+def tunnel_names(count: int, length: int, parent: str) -> Iterator[str]:
+    for label in noise(count, length):
+        yield ".".join((label[:60], label[60:120], parent) if length > 60 else (label, parent)).replace("..", ".")
+
+
+def block_list(count: int) -> Iterator[str]:
+    return (f"{n % 250}.{n // 250}.0.203.zen.blocklist.test" for n in range(count))
+
+
+def reverse_names(count: int) -> Iterator[str]:
+    digits = (hashlib.shake_128(str(n).encode()).hexdigest(16) for n in range(count))
+    return (".".join(digit) + ".ip6.arpa" for digit in digits)
 
 
 def ordered(packets: Iterable[Packet]) -> list[Packet]:

@@ -4,7 +4,7 @@ A file is a list of rules. A rule:
 
     - id: scan-vertical-tcp              # unique, lower case, words joined by hyphens
       type: port_scan                    # a detection type
-      over: pair                         # flows, or a window's scope: source destination pair fanout service
+      over: pair                         # flows, or a window's scope: source destination pair fanout service domain resolver
       window_s: 60                       # for windows
       condition: ports >= 20 and failed >= 0.8 * attempts
       severity: 8                        # 1-10
@@ -53,7 +53,7 @@ CONSTANTS: Mapping[str, float] = {
     **{service.name.lower(): float(service) for service in Service},
 }
 KEY_NAMES = frozenset({"port", "protocol", "service"})
-TEXT_NAMES = frozenset({"source", "victim", "service_name", "window_s"})  # only for explanations
+TEXT_NAMES = frozenset({"source", "victim", "service_name", "window_s", "domain"})  # only for explanations
 
 _ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _REFERENCE = re.compile(r"T\d{4}(\.\d{3})?|https://\S+")

@@ -105,7 +105,9 @@ def _window_finding(rule: Rule, windows: WindowBatch, row: int, values: Mapping[
         source = address_text(windows.peer[row])
     elif windows.scope in (Scope.SOURCE, Scope.FANOUT):
         victim = address_text(windows.peer[row]) if shares["peer_share"] >= _MAJORITY else ""
-    keyed = windows.scope in (Scope.FANOUT, Scope.SERVICE)
+    elif windows.scope is Scope.DOMAIN:
+        victim = address_text(windows.peer[row]) if windows.peer[row].any() else ""
+    keyed = windows.scope in (Scope.FANOUT, Scope.SERVICE, Scope.DOMAIN, Scope.RESOLVER)
     single = shares["port_share"] >= _MAJORITY and windows.values[row, COLUMN["ports"]] <= _FEW_PORTS
     port = int(windows.port[row]) if keyed or single else 0
     if rule.responder_accused:  # the port is the accused's own, not one of the victim's
@@ -114,13 +116,16 @@ def _window_finding(rule: Rule, windows: WindowBatch, row: int, values: Mapping[
             source = address_text(windows.peer[row])
     times = int(windows.first_us[row]), int(windows.last_us[row])
     service = Service(int(windows.service[row])).name.lower()
-    return _finding(rule, values, (source, victim), (port, int(windows.protocol[row])), times, service)
+    texts = {"service_name": service, "domain": windows.domain[row] if windows.domain is not None else ""}
+    return _finding(rule, values, (source, victim), (port, int(windows.protocol[row])), times, texts)
 
 
 def _flow_finding(rule: Rule, flows: FlowBatch, row: int, values: Mapping[str, float]) -> Finding:
     parties = address_text(flows.src[row]), address_text(flows.dst[row])
     times = int(flows.start_us[row]), int(flows.end_us[row])
-    return _finding(rule, values, parties, (int(flows.dport[row]), int(flows.proto[row])), times, "unknown")
+    return _finding(
+        rule, values, parties, (int(flows.dport[row]), int(flows.proto[row])), times, {"service_name": "unknown", "domain": ""}
+    )
 
 
 def _finding(
@@ -129,12 +134,12 @@ def _finding(
     parties: tuple[str, str],
     service: tuple[int, int],
     times: tuple[int, int],
-    service_name: str,
+    texts: Mapping[str, str],
 ) -> Finding:
     source, victim = parties
     shown = {name: _short(value) for name, value in values.items()}
     shown |= {"source": source, "victim": victim or "many hosts", "window_s": str(rule.window_s)}
-    shown |= {"port": str(service[0]), "service_name": service_name}
+    shown |= {"port": str(service[0]), **texts}
     details: dict[str, float | int | str] = {name: value for name, value in values.items() if name in rule.names}
     return Finding(
         engine="rules",

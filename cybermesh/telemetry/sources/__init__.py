@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from cybermesh.telemetry.counters import Counters
 from cybermesh.telemetry.dns import DnsBatch
 from cybermesh.telemetry.events import EventBatch
@@ -65,7 +68,12 @@ class Source(Protocol):
         ...
 
 
+def times_us(batch: Batch) -> npt.NDArray[np.int64]:
+    """Return the times by which a batch is ordered, microseconds since 1970: of packets, of flows' ends, of events."""
+    return batch.end_us if isinstance(batch, FlowBatch) else batch.ts_us
+
+
 def newest_us(batch: Batch) -> int | None:
     """Return the latest time in a batch, microseconds since 1970: of a packet, of a flow's end, of an event."""
-    times = batch.end_us if isinstance(batch, FlowBatch) else batch.ts_us
+    times = times_us(batch)
     return int(times.max()) if len(times) else None
