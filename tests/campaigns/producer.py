@@ -26,8 +26,8 @@ from cybermesh.messages import Transaction, TxKind
 from cybermesh.roles.clock import SystemClock
 from cybermesh.wire import codec
 
-AT_ONCE = 16
-PAUSE_S = 0.1
+AT_ONCE = 8
+PAUSE_S = 0.25
 
 
 async def produce(key: SigningKey, nonces: NonceSource, bus: KafkaBus, accepted: int, entity: str) -> None:
