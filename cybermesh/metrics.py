@@ -29,6 +29,7 @@ METRICS: Mapping[str, Metric] = {
     "ai_flows_total": Metric("Flows metered.", is_total=True),
     "ai_anomalies_total": Metric("Anomalies published.", is_total=True),
     "ai_policies_total": Metric("Policies proposed.", is_total=True),
+    "ai_signed_anew_total": Metric("Messages signed again because they could not leave for two minutes.", is_total=True),
     "ai_feedback_refused_total": Metric("Feedback messages refused.", is_total=True),
     "validator_round": Metric("Current consensus round.", is_total=False),
     "validator_height_blocks": Metric("Committed height.", is_total=False),

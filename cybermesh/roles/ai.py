@@ -12,6 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from cybermesh.bus import Bus, Delivery
 from cybermesh.bus.topics import Topics
@@ -24,6 +25,7 @@ from cybermesh.envelope.signing import (
     EvidenceContent,
     PolicyContent,
     Stamp,
+    sign,
     sign_anomaly,
     sign_custody,
     sign_evidence,
@@ -32,7 +34,7 @@ from cybermesh.envelope.signing import (
 from cybermesh.genesis import Genesis
 from cybermesh.keys import SigningKey
 from cybermesh.log import logger
-from cybermesh.messages import Transaction, TxKind
+from cybermesh.messages import SignedMessage, Transaction, TxKind
 from cybermesh.metrics import Figures
 from cybermesh.roles.clock import Clock
 from cybermesh.roles.patience import Patience
@@ -43,6 +45,7 @@ from cybermesh.wire.control import open_ack, open_commit
 
 HAND_OVER_MAX = 256
 OPEN_ANOMALIES_MAX = 100_000
+SIGN_ANEW_S = 120.0  # well within the five minutes after which validators refuse a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class Counts:
     flows: int = 0
     anomalies: int = 0
     policies: int = 0
+    signed_anew: int = 0
     feedback: dict[str, int] = field(
         default_factory=lambda: {"committed": 0, "rejected": 0, "applied": 0, "failed": 0, "refused": 0}
     )
@@ -127,6 +131,7 @@ class AiRole:
             "ai_flows_total": self.counts.flows,
             "ai_anomalies_total": self.counts.anomalies,
             "ai_policies_total": self.counts.policies,
+            "ai_signed_anew_total": self.counts.signed_anew,
             "ai_feedback_refused_total": self.counts.feedback["refused"],
         }
 
@@ -179,12 +184,9 @@ class AiRole:
             {"anomaly_id": anomaly_id, "evidence": detection.evidence},
             (sign_custody(reference, stamp.ts, self._parts.key),),
         )
-        await self._send(
-            TxKind.ANOMALY,
-            detection.entity,
-            codec.encode(sign_anomaly(_anomaly(detection, anomaly_id, self._parts.model_version), stamp)),
-        )
-        await self._send(TxKind.EVIDENCE, detection.entity, codec.encode(sign_evidence(evidence, self._stamp())))
+        anomaly = sign_anomaly(_anomaly(detection, anomaly_id, self._parts.model_version), stamp)
+        await self._send(TxKind.ANOMALY, detection.entity, anomaly)
+        await self._send(TxKind.EVIDENCE, detection.entity, sign_evidence(evidence, self._stamp()))
         if policy_id is not None and detection.policy is not None:
             policy = PolicyContent(
                 policy_id,
@@ -194,9 +196,8 @@ class AiRole:
                 evidence_id,
                 {**detection.policy, "policy_id": policy_id},
             )
-            message = codec.encode(sign_policy(policy, self._stamp()))
-            policy_digest = Transaction(TxKind.POLICY, message).digest
-            await self._send(TxKind.POLICY, detection.entity, message)
+            sent = await self._send(TxKind.POLICY, detection.entity, sign_policy(policy, self._stamp()))
+            policy_digest = Transaction(TxKind.POLICY, sent).digest
             self.counts.policies += 1
         self.counts.anomalies += 1
         self._remember(anomaly_id)
@@ -215,10 +216,21 @@ class AiRole:
         now_ms = self._parts.clock.wall_ms()
         return Stamp(self._parts.key, now_ms // 1000, self._parts.nonces.next(now_ms))
 
-    async def _send(self, kind: TxKind, entity: str, value: bytes) -> None:
+    async def _send(self, kind: TxKind, entity: str, message: SignedMessage) -> bytes:
+        """Publish a message and return its bytes; what could not leave for two minutes is signed anew, or it would be stale."""
         topic = self._parts.topics.of_kind(kind)
-        if topic:
-            await self._patience.until_done(lambda: self._parts.bus.publish(topic, entity.encode(), value))
+        while True:
+            value = codec.encode(message)
+            if not topic:
+                return value
+            publish = partial(self._parts.bus.publish, topic, entity.encode(), value)
+            try:
+                async with asyncio.timeout(SIGN_ANEW_S):
+                    await self._patience.until_done(publish)
+                return value
+            except TimeoutError:
+                self.counts.signed_anew += 1
+                message = sign(message, self._stamp())
 
     def _remember(self, anomaly_id: str) -> None:
         """Keep the newest anomalies whose fate is open; the oldest leave when there are too many."""
@@ -233,7 +245,7 @@ class AiRole:
         async with self._parts.bus.subscribe(topics, group) as deliveries:
             async for delivery in deliveries:
                 self._count_feedback(delivery)
-                await deliveries.ack(delivery)
+                await self._patience.until_done(partial(deliveries.ack, delivery))
 
     def _count_feedback(self, delivery: Delivery) -> None:
         ring, domains = self._ring, self._domains

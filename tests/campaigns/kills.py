@@ -39,7 +39,7 @@ from tools.kafka_broker import Broker, fetch
 PYTHON = [sys.executable, "-c"]
 CYBERMESH = [*PYTHON, "from cybermesh.cli import main; main()"]
 PATIENCE_S = 120.0
-# A validator that dies all the time falls behind; beyond five minutes messages are stale, and that is not what is looked for here.
+# A validator that dies all the time falls behind; after five minutes messages are stale, which is not what is looked for here.
 BACKLOG_MAX = 500
 GROUP = "cybermesh-consensus-node-1"
 

@@ -3,19 +3,74 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from cybermesh.envelope.intrinsic import verify_intrinsic
 from cybermesh.envelope.nonces import NonceSource
 from cybermesh.keystore import FileCounters
 from cybermesh.messages import TxKind
+from cybermesh.roles import ai
 from cybermesh.roles.ai import AiRole, Parts
-from cybermesh.roles.detection import open_detector
+from cybermesh.roles.detection import OpenDetector, open_detector
+from cybermesh.telemetry.sources import Source
 from cybermesh.telemetry.sources.choose import open_source
 from cybermesh.wire.codec import decode_signed
 from tests.conftest import ROOT
 from tests.roles.site import TOPICS, Site
 
 CAPTURE = str(ROOT / "cybermesh/data/demo.pcap")
+
+
+def parts(site: Site, counters: FileCounters, detector: OpenDetector, source: Source) -> Parts:
+    return Parts(
+        genesis=site.genesis,
+        key=site.deployment.keys["ai-1"],
+        instance="ai-1",
+        topics=TOPICS,
+        bus=site.bus,
+        nonces=NonceSource(counters),
+        clock=site.clock,
+        sources={"demo": source},
+        pipeline=detector.pipeline,
+        model_version=detector.version,
+    )
+
+
+async def test_what_could_not_leave_for_long_is_signed_anew_with_the_same_content(
+    alone: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ai, "SIGN_ANEW_S", 0.05)
+    attempts: list[bytes] = []
+    publish = alone.bus.publish
+
+    async def remember(topic: str, key: bytes, value: bytes):  # type: ignore[no-untyped-def]
+        if topic == TOPICS.ai_anomalies:
+            attempts.append(value)
+        return await publish(topic, key, value)
+
+    alone.bus.publish = remember  # type: ignore[method-assign]
+    detector = open_detector()
+    source = open_source(CAPTURE)
+    with FileCounters(tmp_path / "ai.nonces") as counters:
+        role = AiRole(parts(alone, counters, detector, source))
+        alone.bus.refused_topics = {TOPICS.ai_anomalies}
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(role.run(), name="ai")
+            await alone.until(lambda: role.counts.signed_anew >= 2, limit_s=20)
+            alone.bus.refused_topics = set()
+            await alone.until(role.finished.is_set, limit_s=20)
+            task.cancel()
+    source.close()
+    waited = [decode_signed(TxKind.ANOMALY, raw) for raw in attempts]
+    first = [message for message in waited if message.id == waited[0].id]
+    assert len({message.nonce for message in first}) >= 3
+    assert len({message.content_hash for message in first}) == 1
+    for message in first:
+        assert verify_intrinsic(message) == message
+    assert role.figures()["ai_signed_anew_total"] >= 2
 
 
 async def test_detections_go_out_in_order_through_a_bus_that_was_away_and_positions_follow(alone: Site, tmp_path: Path) -> None:
@@ -25,17 +80,8 @@ async def test_detections_go_out_in_order_through_a_bus_that_was_away_and_positi
     source = open_source(CAPTURE)
     with FileCounters(tmp_path / "ai.nonces") as counters:
         role = AiRole(
-            Parts(
-                genesis=alone.genesis,
-                key=alone.deployment.keys["ai-1"],
-                instance="ai-1",
-                topics=TOPICS,
-                bus=alone.bus,
-                nonces=NonceSource(counters),
-                clock=alone.clock,
-                sources={"demo": source},
-                pipeline=detector.pipeline,
-                model_version=detector.version,
+            replace(
+                parts(alone, counters, detector, source),
                 on_published=lambda found: published.append(found.anomaly_id),
                 on_position=lambda _name, position: positions.append((position, len(published))),
             )
