@@ -117,6 +117,10 @@ class Cluster:
             _migrate(self.url(self._template))
         return self.url(self._make(self._template if migrated else "template0"))
 
+    def copy(self, url: str) -> str:
+        """Make a copy of a database that nobody is connected to and return its URL."""
+        return self.url(self._make(url.partition("@/")[2].partition("?")[0]))
+
     def _make(self, template: str) -> str:
         name = f"db{next(self._names)}"
         self.sql(f"CREATE DATABASE {name} TEMPLATE {template}")

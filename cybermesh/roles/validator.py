@@ -150,7 +150,8 @@ class ValidatorRole:
             "validator_equivocations_total": self.counts.equivocations,
         }
         if self._driver is not None:
-            status = self._driver.status
+            status = self.status
+            assert status is not None
             found |= {
                 "validator_round": status.round,
                 "validator_height_blocks": status.height,

@@ -39,6 +39,8 @@ BUSY_TIMEOUT_MS = 5_000
 ATTEMPTS_MAX = 8
 RETRY_FIRST_S = 0.01
 _SERIALIZATION_FAILURE = "40001"
+# Lost connections, a standby that must not be written, conflicts, no room or memory, shutdown and cancellation, locks.
+_PASSING_STATES = ("08", "25006", "40", "53", "57", "55P03")
 _DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "postgresql": "postgresql+asyncpg",
@@ -149,7 +151,8 @@ class Database:
             yield
         except exc.DBAPIError as error:
             text = f"{self._name}: {type(error).__name__}: {error.orig}"
-            if isinstance(error, _PASSING) or error.connection_invalidated:
+            passes = (sqlstate(error) or "").startswith(_PASSING_STATES)
+            if isinstance(error, _PASSING) or error.connection_invalidated or passes:
                 raise StoreUnavailable(text) from error
             raise StoreError(text) from error
         except _PASSING as error:
