@@ -66,3 +66,4 @@ nightly: $(STAMP)
 		$(BIN)/python -m tests.fuzz.campaign $$target --seconds 600 --seed $(SEED) --corpus ../shared/data/pcaps || exit 1; \
 	done
 	@$(BIN)/python -m tests.campaigns.kills --broker 20 --consumer 90 --producer 90 --seed 1
+	@$(BIN)/python -m tests.campaigns.outage --seconds 60

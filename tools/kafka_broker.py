@@ -157,7 +157,7 @@ def _check(jars: Path) -> None:
 # The broker
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that are free now; they are held together while they are chosen, so they differ.
 
     Raises:
@@ -271,7 +271,7 @@ class Broker:
         store = self.directory / "server.store"
         store.touch(mode=0o600)
         store.write_bytes((self.directory / "server.key").read_bytes() + (self.directory / "server.pem").read_bytes())
-        plain, tls, mtls, sasl, controller = (f"{HOST}:{port}" for port in _free_ports(5))
+        plain, tls, mtls, sasl, controller = (f"{HOST}:{port}" for port in free_ports(5))
         access = Access(
             plain=plain,
             tls=tls,

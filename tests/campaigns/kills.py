@@ -34,7 +34,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition, errors
 
 from cybermesh.bus.topics import Topics
 from cybermesh.messages import Transaction, TxKind
-from tools.kafka_broker import Broker, fetch
+from tools.kafka_broker import Broker, fetch, free_ports
 
 PYTHON = [sys.executable, "-c"]
 CYBERMESH = [*PYTHON, "from cybermesh.cli import main; main()"]
@@ -72,6 +72,12 @@ class Process:
         self._command, self._log = command, log
         self._running: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        """Its number while it runs."""
+        assert self._running is not None
+        return self._running.pid
+
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._running = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -99,8 +105,10 @@ class Mesh:
             check=True,
             capture_output=True,
         )
+        (self.port,) = free_ports(1)
         (mesh / "validator-1.local.toml").write_text(
-            f'[bus]\nkind = "kafka"\n[kafka]\nbrokers = "{broker.access.plain}"\n[http]\nport = 0\n[log]\nlevel = "warning"\n'
+            f'[bus]\nkind = "kafka"\n[kafka]\nbrokers = "{broker.access.plain}"\n'
+            f'[http]\nport = {self.port}\n[log]\nlevel = "warning"\n'
         )
         run = [*CYBERMESH, "run", "--role", "validator", "-c", str(mesh / "validator-1.toml")]
         produce = [sys.executable, "-m", "tests.campaigns.producer"]
