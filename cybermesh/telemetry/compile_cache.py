@@ -6,7 +6,11 @@ a folder of somebody else, or one that others may write to, is not used. Where t
 process that wants them; that is slow, and it works.
 
 numba notices when a kernel's own file has changed, but not the files that it takes constants and parts from. So the folder's
-name ends with a digest of all of them.
+name ends with a digest of all of them. Folders of other versions are kept as long as they are among the last that were used:
+a host may run two versions for a while, but upgrades must not fill a disk.
+
+Processes may compile at the same time: numba puts each file in its place in one step, and what one of them loses to another is
+compiled again by the next. A process whose folder is removed compiles for itself.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import gc
 import hashlib
 import importlib
 import os
+import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -27,6 +33,8 @@ from typing import Any
 _KERNELS = ("records", "clock", "headers", "table", "packets", "emission", "ring")
 _SOURCES = ("features.py", "flows.py", "meter_clock.py", "meter_state.py", "packets.py")  # where kernels take constants from
 _COMPLETE = "complete"
+_FOLDER = re.compile(r"kernels-[0-9a-f]{16}")
+_KEPT_FOLDERS = 3  # of other versions, those used last; about 2 MB each
 
 
 def cache_folder() -> Path | None:
@@ -61,9 +69,27 @@ def load_kernels() -> None:
     gc.freeze()
     if folder is not None:
         try:
+            is_new = not (folder / _COMPLETE).exists()
             (folder / _COMPLETE).touch()
         except OSError:  # full, or gone meanwhile: the next process finds out
             return
+        if is_new:
+            prune(folder)
+
+
+def prune(present: Path) -> None:
+    """Remove the folders of other versions beside ``present``, but for those used last."""
+    others: list[tuple[int, Path]] = []
+    for folder in present.parent.glob("kernels-*"):
+        try:
+            if folder == present or not _FOLDER.fullmatch(folder.name) or not _is_ours(folder.lstat()):
+                continue
+            marker = folder / _COMPLETE
+            others.append(((marker if marker.exists() else folder).stat().st_mtime_ns, folder))
+        except OSError:  # another process removes it
+            continue
+    for _, folder in sorted(others)[:-_KEPT_FOLDERS]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -91,10 +117,15 @@ def _digest() -> str:
 def _usable(folder: Path) -> Path | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if not _is_ours(folder.stat()):
             return None
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
         return None
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Return whether a folder (no link to one) belongs to us and only we may write to it."""
+    others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not others

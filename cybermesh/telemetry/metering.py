@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from cybermesh.telemetry.compile_cache import is_compiled, load_kernels
+from cybermesh.telemetry.compile_cache import cache_folder, is_compiled, load_kernels
 from cybermesh.telemetry.flows import FlowBatch
 from cybermesh.telemetry.meter import DEFAULT_MAX_FLOWS, FlowMeter
 from cybermesh.telemetry.packets import PacketBatch
@@ -108,8 +108,14 @@ def choose(inputs: Iterable[str], *, workers: int = 1, tell: Callable[[str], Non
     if not wanted or sys.byteorder != "little":  # the kernels read numbers as a little-endian machine lays them out
         return reference()
     if tell is not None and not kept:
-        tell("compiling the meter for long captures: some seconds, the first time only")
+        tell(f"compiling the meter for long captures: some seconds, {_how_often()}")
     return compiled(workers)
+
+
+def _how_often() -> str:
+    if cache_folder() is not None:
+        return "the first time only"
+    return "each time, as the result can be kept nowhere; set CYBERMESH_CACHE_DIR to a folder of yours"
 
 
 def _size(spec: str) -> int | None:

@@ -341,6 +341,34 @@ def test_the_cache_is_kept_where_only_we_may_write(monkeypatch: pytest.MonkeyPat
     assert not compile_cache.is_compiled()
 
 
+def test_folders_of_versions_not_used_lately_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    versions = [tmp_path / f"kernels-{number:016x}" for number in range(6)]
+    for age, folder in enumerate(versions):
+        (folder / "kernels_1").mkdir(parents=True)
+        (folder / "complete").touch()
+        os.utime(folder / "complete", ns=(0, 10**18 - age))
+    foreign, notes, open_to_all = tmp_path / "kernels-of-mine", tmp_path / "notes", tmp_path / f"kernels-{9:016x}"
+    for folder in (foreign, notes, open_to_all):
+        folder.mkdir()
+        os.utime(folder, ns=(0, 0))
+    open_to_all.chmod(0o777)
+    compile_cache.prune(versions[5])
+    assert sorted(tmp_path.iterdir()) == sorted([*versions[:3], versions[5], foreign, notes, open_to_all])
+
+
+def test_where_nothing_can_be_kept_it_is_said_once(compiled: Metering, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, long = tmp_path / "file", tmp_path / "long.pcap"
+    with long.open("wb") as content:
+        content.truncate(metering.COMPILE_BYTES)
+    file.touch()
+    monkeypatch.setenv("CYBERMESH_CACHE_DIR", str(file))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    told: list[str] = []
+    assert metering.choose([str(long)], tell=told.append).name == "compiled"
+    assert len(told) == 1
+    assert "CYBERMESH_CACHE_DIR" in told[0]
+
+
 def test_kernels_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import numba
 
