@@ -2,10 +2,11 @@
 
     python -m tests.fuzz.campaign pcap --seconds 600 --seed 1 --corpus ../shared/data/pcaps
 
-Case n of a seed is always the same (for the same corpus), so a finding is repeated with ``--case n``. A case that takes longer
-than ``HANG_S`` ends the process with a traceback of where it is; the number of the case at work is in the file named at the
-beginning, which also outlives a crash of the interpreter. Memory is measured twice: what the process holds, from a warm state
-on, and what Python allocates and keeps when cases are repeated that were all seen before.
+Case n of a seed is always the same (for the same corpus), so a finding is repeated with ``--case n``. A case that takes more
+than ``HANG_S`` of processor time (a busy machine is no finding), or ten times as long by the clock, ends the process with a
+traceback of where it is; the number of the case at work is in the file named at the beginning, which also outlives a crash of the
+interpreter. Memory is measured twice: what the process holds, from a warm state on, and what Python allocates and keeps when
+cases are repeated that were all seen before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import faulthandler
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -45,13 +47,15 @@ def run(name: str, seed: int, seconds: float, corpus: Corpus, folder: Path, hang
     judge = ({**TARGETS, **DEFECTIVE})[name](corpus, folder)
     state = os.open(folder / "case-number", os.O_CREAT | os.O_RDWR)
     began = armed = time.monotonic()
-    faulthandler.dump_traceback_later(hang_s, exit=True)
+    faulthandler.dump_traceback_later(10 * hang_s, exit=True)
+    faulthandler.register(signal.SIGPROF, chain=True)  # tells where it is; then the signal ends the process
     number, warm_mb = 0, 0.0
     try:
         while number < WARM_CASES or time.monotonic() - began < seconds:
-            if time.monotonic() - armed > hang_s / 10:
+            signal.setitimer(signal.ITIMER_PROF, hang_s)
+            if time.monotonic() - armed > hang_s:
                 armed = time.monotonic()
-                faulthandler.dump_traceback_later(hang_s, exit=True)
+                faulthandler.dump_traceback_later(10 * hang_s, exit=True)
             os.pwrite(state, b"%-20d" % number, 0)
             case(judge, name, seed, number)
             number += 1
@@ -60,9 +64,11 @@ def run(name: str, seed: int, seconds: float, corpus: Corpus, folder: Path, hang
                 warm_mb = resident_mb()
         forget()
         grown_mb = resident_mb() - warm_mb
-        faulthandler.dump_traceback_later(hang_s * 3, exit=True)
+        signal.setitimer(signal.ITIMER_PROF, 3 * hang_s)
         kept = kept_by_repeating(judge, name, seed)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        faulthandler.unregister(signal.SIGPROF)
         faulthandler.cancel_dump_traceback_later()
         os.close(state)
     if grown_mb > GROWTH_MB or kept > KEPT_BYTES:
