@@ -26,7 +26,6 @@ from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from cybermesh.store import StoreError, StoreUnavailable
-from cybermesh.store.cockroach import register_cockroach
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -99,6 +98,8 @@ class Database:
         self._name = url.render_as_string(hide_password=True)
         self._chance = chance
         self.is_embedded = url.drivername.startswith("sqlite")
+        from cybermesh.store.cockroach import register_cockroach  # here: the dialect takes 0.1 s to import
+
         register_cockroach()
         if self.is_embedded:
             self.engine = create_async_engine(url)
