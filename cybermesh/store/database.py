@@ -98,9 +98,10 @@ class Database:
         self._name = url.render_as_string(hide_password=True)
         self._chance = chance
         self.is_embedded = url.drivername.startswith("sqlite")
-        from cybermesh.store.cockroach import register_cockroach  # here: the dialect takes 0.1 s to import
+        if url.drivername.startswith("cockroachdb"):
+            from cybermesh.store.cockroach import register_cockroach  # here: it takes 0.1 s to import
 
-        register_cockroach()
+            register_cockroach()
         if self.is_embedded:
             self.engine = create_async_engine(url)
             event.listen(self.engine.sync_engine, "connect", _prepare_sqlite)

@@ -4,9 +4,9 @@
 
 Case n of a seed is always the same (for the same corpus), so a finding is repeated with ``--case n``. A case that takes more
 than ``HANG_S`` of processor time (a busy machine is no finding), or ten times as long by the clock, ends the process with a
-traceback of where it is; the number of the case at work is in the file named at the beginning, which also outlives a crash of the
-interpreter. Memory is measured twice: what the process holds, from a warm state on, and what Python allocates and keeps when
-cases are repeated that were all seen before.
+traceback of where it is; the number of the case at work is in the file named at the beginning, which also outlives a crash of
+the interpreter. Memory is measured twice: what the process holds, from a warm state on, and what Python allocates and keeps
+when cases are repeated that were all seen before.
 """
 
 from __future__ import annotations
