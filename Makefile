@@ -53,6 +53,7 @@ kafka: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/cybermesh bench idle $(ARGS)
 	@$(BIN)/cybermesh bench flows $(ARGS)
+	@$(BIN)/cybermesh bench detect $(ARGS)
 	@$(BIN)/cybermesh bench consensus $(ARGS)
 
 # Longer campaigns, run by hand; their figures go to docs/measurements.md with seed and commit.

@@ -116,6 +116,32 @@ def consensus(
 
 
 @app.command()
+def detect(
+    rows: Annotated[int, typer.Option(min=10_000, help="Flows to judge, at least.")] = 200_000,
+    rounds: Annotated[int, typer.Option(min=1, help="How often; the medians count.")] = 3,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Judge flows: by the classifier alone, and by everything.
+
+    The flows are those of the capture that the package ships, copied with other sources and later times, metered before the
+    clock starts, in batches of 1,000, on one thread; times are that thread's processor time. classifier_rows_per_s: calibrated
+    scores and the guard for every row, and onnx_batch_p99_ms for one batch of it. pipeline_rows_per_s: rules, statistics and
+    classifier over the flows, ensemble, evidence, alerts and policies; nineteen of twenty flows are attacks, which cost most.
+    with_windows_rows_per_s: the same and the windows over flows, which cost by the second of traffic rather than by the row.
+    Not in it: metering (bench flows) and windows over packets. model_mb is model.onnx and model.json together, wall_rows_per_s
+    the classifier by the clock on the wall.
+    """
+    from cybermesh.cli import bench_capture, bench_detect
+
+    result = bench_detect.measure(bench_capture.demo_capture(), rows, rounds)
+    if as_json:
+        output.emit_one(result)
+    else:
+        for name, value in result.items():
+            sys.stdout.write(f"{name:32} {value}\n")
+
+
+@app.command()
 def flows(
     packets: Annotated[
         int, typer.Option(min=100_000, help="Packets of the usual capture, at least; the long one has two thirds.")

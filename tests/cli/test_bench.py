@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cybermesh.cli import bench, bench_admission, bench_capture, bench_worker, main
+from cybermesh.cli import bench, bench_admission, bench_capture, bench_detect, bench_worker, main
 from cybermesh.cli.bench import _Rates, _result
 from cybermesh.cli.bench_cicflowmeter import CicFlowMeter
 from cybermesh.cli.output import CommandError
@@ -134,3 +134,20 @@ def test_admission_gives_medians_and_what_share_of_bare_verification_they_are(
         "share_of_raw": 0.8,
         "kafka_admitted_per_s": None,
     }
+
+
+def test_the_flows_to_judge_are_many_and_all_judged() -> None:
+    batches = bench_detect.flows_of(bench_capture.demo_capture(), 12_000)
+    assert sum(map(len, batches)) >= 12_000
+    assert {len(batch) for batch in batches[:-1]} == {bench_detect.BATCH_ROWS}
+    assert len({batch.src[row].tobytes() for batch in batches for row in range(0, len(batch), 50)}) > 20
+    ends = np.concatenate([batch.end_us for batch in batches])
+    assert (np.diff(ends) >= 0).all()
+
+
+def test_judging_is_measured_alone_and_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_detect, "_WARM_BATCHES", 1)
+    told = bench_detect.measure(bench_capture.demo_capture(), 5_000, 1)
+    assert set(told) >= {"classifier_rows_per_s", "pipeline_rows_per_s", "onnx_batch_p99_ms", "model_mb"}
+    assert told["with_windows_rows_per_s"] < told["pipeline_rows_per_s"]
+    assert 0 < told["model_mb"] <= 1

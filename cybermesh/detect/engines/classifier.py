@@ -16,8 +16,8 @@ Only flows are judged; windows are other engines' work.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,24 @@ class Assessment:
         """Mark of rows that count, bool[n]."""
         marked: npt.NDArray[np.bool_] = self.reasons == 0
         return marked
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Some flows of a batch as lists, which are many times faster than columns to look at one by one."""
+
+    src: list[bytes]
+    dst: list[bytes]
+    sport: list[int]
+    dport: list[int]
+    start_us: list[int]
+    end_us: list[int]
+
+    @classmethod
+    def of(cls, flows: FlowBatch, rows: npt.NDArray[np.intp]) -> _Seen:
+        src, dst = (addresses[rows].view("V16").ravel().tolist() for addresses in (flows.src, flows.dst))
+        columns = (flows.sport, flows.dport, flows.start_us, flows.end_us)
+        return cls(src, dst, *(column[rows].tolist() for column in columns))
 
 
 class Classifier:
@@ -127,11 +145,15 @@ class Classifier:
         self._last = (flows, assessment)
         self._count(assessment)
         attacks = np.flatnonzero(assessment.judged & (assessment.decided != self._benign))
-        groups: dict[tuple[bytes, int], list[int]] = {}
-        for row in attacks.tolist():
-            groups.setdefault((flows.src[row].tobytes(), int(assessment.decided[row])), []).append(row)
-        shown = [(kind, np.array(rows, dtype=np.intp)) for (_, kind), rows in sorted(groups.items())]
-        enough = [(kind, rows) for kind, rows in shown if self._is_corroborated(flows, kind, rows)]
+        seen = _Seen.of(flows, attacks)
+        groups: defaultdict[tuple[bytes, int], list[int]] = defaultdict(list)
+        for place, source_and_kind in enumerate(zip(seen.src, assessment.decided[attacks].tolist(), strict=True)):
+            groups[source_and_kind].append(place)
+        enough = [
+            (kind, attacks[places])
+            for (source, kind), places in sorted(groups.items())
+            if self._is_corroborated(seen, source, kind, places)
+        ]
         self.uncorroborated += len(attacks) - sum(len(rows) for _, rows in enough)
         enough.sort(key=lambda item: -len(item[1]))
         self.unlisted += max(len(enough) - FINDINGS_MAX, 0)
@@ -166,20 +188,22 @@ class Classifier:
         votes[self._reported] = True
         return votes
 
-    def _is_corroborated(self, flows: FlowBatch, kind: int, rows: npt.NDArray[np.intp]) -> bool:
+    def _is_corroborated(self, seen: _Seen, source: bytes, kind: int, places: list[int]) -> bool:
         """Record a source's flows of one class; whether they are enough to report. A scan needs targets, the others flows."""
         type_ = self.model.classes[kind]
-        end_us = int(flows.end_us[rows].max())
+        end_us = max([seen.end_us[place] for place in places])
+        marks: set[Hashable]
         if type_ == "ddos":  # many sources, few flows of each: their common victim tells
-            victims = {flows.dst[row].tobytes() for row in rows.tolist()}
-            marks = {(flows.src[row].tobytes(), int(flows.sport[row])) for row in rows.tolist()}
-            shown = [self._corroboration.add(victim, type_, marks, end_us) for victim in sorted(victims)]
-            return any(shown)
+            marks = {(source, seen.sport[place]) for place in places}
+            enough = False
+            for victim in sorted({seen.dst[place] for place in places}):
+                enough |= self._corroboration.add(victim, type_, marks, end_us)
+            return enough
         if type_ == "port_scan":
-            marks = {(flows.dst[row].tobytes(), int(flows.dport[row])) for row in rows.tolist()}
+            marks = {(seen.dst[place], seen.dport[place]) for place in places}
         else:
-            marks = {(int(flows.start_us[row]), int(flows.sport[row])) for row in rows.tolist()}
-        return self._corroboration.add(flows.src[rows[0]].tobytes(), type_, marks, end_us)
+            marks = {(seen.start_us[place], seen.sport[place]) for place in places}
+        return self._corroboration.add(source, type_, marks, end_us)
 
     def _count(self, assessment: Assessment) -> None:
         self.rows += len(assessment.reasons)
@@ -192,10 +216,9 @@ class Classifier:
         """Describe the flows ``rows`` of one source that the model gives the class ``kind``."""
         type_ = self.model.classes[kind]
         strongest = int(rows[np.argmax(assessment.confidence[rows])])
-        values = {
-            name: float(flows.features[strongest, COLUMN[name]])
-            for name in (*self.model.important.get(type_, ())[:_SHOWN_FEATURES], *self.model.inputs)  # all, so that it replays
-        }
+        everything = dict(zip(self.model.inputs, flows.features[strongest, self._columns].tolist(), strict=True))
+        # The important ones first; all of them, so that it replays.
+        values = {name: everything[name] for name in self.model.important.get(type_, ())[:_SHOWN_FEATURES]} | everything
         score = float(assessment.confidence[rows].mean())
         severity = _SEVERITY.get(type_, _SEVERITY_OTHERWISE)
         details: dict[str, float | int | str] = {
