@@ -133,7 +133,9 @@ class Telemetry(Section):
     """What the ai role reads."""
 
     inputs: Names = Field(default=(), description="KIND:WHERE or a path, as on the command line")
-    batch_size: int = Field(default=1000, ge=1, le=1_000_000, description="flows per poll")
+    batch_size: int = Field(default=1000, ge=1, le=1_000_000, description="flows, log lines or other rows in a batch")
+    follow: bool = Field(default=True, description="go on with what is appended to logs and tables, also where they rotate")
+    follow_captures: bool = Field(default=False, description="go on with what is appended to captures")
     block_packets: int = Field(default=16_384, ge=1, le=1_048_576, description="packets decoded at a time")
 
 

@@ -102,13 +102,13 @@ def _detect(specs: list[str], rules: RuleSet, classifier: Classifier | None) -> 
     """
     from cybermesh.detect.pipeline import Decision, build, latest
     from cybermesh.telemetry.features import NAMES
-    from cybermesh.telemetry.meter import FlowMeter
+    from cybermesh.telemetry.metering import choose
     from cybermesh.telemetry.sources import SourceError
-    from cybermesh.telemetry.sources.choose import open_source
 
+    metering = choose(specs, tell=output.note)
     pipeline = build(
         rules,
-        meter=FlowMeter(),
+        meter=metering.new_meter(),
         flow_names=NAMES,
         more_engines=() if classifier is None else (classifier,),
         decision=Decision(model_digest="" if classifier is None else classifier.model.digest),
@@ -118,7 +118,7 @@ def _detect(specs: list[str], rules: RuleSet, classifier: Classifier | None) -> 
         sources = []
         for spec in specs:
             try:
-                sources.append(stack.enter_context(contextlib.closing(open_source(spec))))
+                sources.append(stack.enter_context(contextlib.closing(metering.open_source(spec))))
             except SourceError as error:
                 failed.append(str(error))
         found = [detection for batch in _with_progress(sources, failed) for detection in pipeline.feed(batch)]

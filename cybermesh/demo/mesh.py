@@ -31,6 +31,8 @@ from cybermesh.roles.agent import AgentParts, AgentRole
 from cybermesh.roles.ai import AiRole, Parts, Published
 from cybermesh.roles.clock import Clock
 from cybermesh.roles.deployment import Deployment, Roster, create
+from cybermesh.roles.feeds import SourceFeed
+from cybermesh.roles.positions import Nowhere
 from cybermesh.roles.validator import ValidatorParts, ValidatorRole, create_safety_file, safety_file_of
 from cybermesh.store.store import Store, open_store
 from cybermesh.telemetry.sources import Source
@@ -170,7 +172,7 @@ class Assembly:
                 bus=self._bus,
                 nonces=NonceSource(stack.enter_context(FileCounters(self._folder / "ai.nonces"))),
                 clock=self._clock,
-                sources={detector.source.name: detector.source},
+                feeds=[SourceFeed(detector.source.name, lambda _: detector.source, Nowhere())],
                 pipeline=detector.pipeline,
                 model_version=detector.model_version,
                 on_published=self._watch.on_published,

@@ -1,20 +1,24 @@
 """The ai role: telemetry in, signed detections out, and what became of them.
 
-Telemetry is read and scored in a worker thread, one block of packets at a time; a bounded hand-over holds what is waiting to
-be signed and published, and reading waits while it is full. Anomaly, evidence and policy of a detection are published in this
-order under the attacking entity as key. A position is kept only after everything found up to it was published.
+Every input is read by a task of its own; they take turns in scoring, a batch at a time in a worker thread, because windows and
+meter see all of them. A bounded hand-over holds what is waiting to be signed and published, and reading waits while it is full.
+Anomaly, evidence and policy of a detection are published in this order under the attacking entity as key. A position is kept,
+or a message of the bus acknowledged, only after everything found up to it was published.
+
+An input that fails ends no other: /ready names it, and it is opened again, after a pause that grows to a minute.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from cybermesh.bus import Bus, Delivery
+from cybermesh.bus import Bus, BusError, Delivery
 from cybermesh.bus.topics import Topics
 from cybermesh.detect.detector import Detection
 from cybermesh.detect.pipeline import Pipeline
@@ -37,15 +41,18 @@ from cybermesh.log import logger
 from cybermesh.messages import SignedMessage, Transaction, TxKind
 from cybermesh.metrics import Figures
 from cybermesh.roles.clock import Clock
+from cybermesh.roles.feeds import Feed, Given, in_thread
 from cybermesh.roles.patience import Patience
 from cybermesh.roles.ring import control_domains, key_ring
-from cybermesh.telemetry.sources import Batch, Source, newest_us
+from cybermesh.telemetry.sources import Batch, SourceError, newest_us
 from cybermesh.wire import codec
 from cybermesh.wire.control import open_ack, open_commit
 
 HAND_OVER_MAX = 256
 OPEN_ANOMALIES_MAX = 100_000
 SIGN_ANEW_S = 120.0  # well within the five minutes after which validators refuse a message
+REOPEN_FIRST_S = 1.0
+REOPEN_MAX_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +73,7 @@ class Published:
 class Parts:
     """What the role is composed of; ``instance`` names this process in its consumer group.
 
-    ``sources`` are read one after the other; their names are those under which positions are kept.
+    ``feeds`` are read side by side; ``reopen_first_s`` is the first pause before one that failed is opened again.
     """
 
     genesis: Genesis
@@ -76,11 +83,11 @@ class Parts:
     bus: Bus
     nonces: NonceSource
     clock: Clock
-    sources: Mapping[str, Source]
+    feeds: Sequence[Feed]
     pipeline: Pipeline
     model_version: str
     on_published: Callable[[Published], None] = lambda _published: None
-    on_position: Callable[[str, str], None] = lambda _name, _position: None
+    reopen_first_s: float = REOPEN_FIRST_S
 
 
 @dataclass(slots=True)
@@ -103,7 +110,10 @@ class AiRole:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._log = logger(role="ai", instance=parts.instance)
-        self._found: asyncio.Queue[tuple[Detection, float] | None] = asyncio.Queue(HAND_OVER_MAX)
+        self._found: asyncio.Queue[tuple[Detection, float] | asyncio.Event] = asyncio.Queue(HAND_OVER_MAX)
+        self._scoring = asyncio.Lock()
+        self._failing: dict[str, str] = {}
+        self._skipped: dict[str, Counter[str]] = {}
         self._open: dict[str, None] = {}
         self._ring = key_ring(parts.genesis)
         self._domains = control_domains(parts.genesis)
@@ -113,7 +123,7 @@ class AiRole:
         self.finished = asyncio.Event()
 
     async def run(self) -> None:
-        """Read every source to its end, publish, and follow what becomes of it until cancelled."""
+        """Read every input, publish what is found, and follow what becomes of it until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow(), name="ai feedback")
             group.create_task(self._publish_all(), name="ai publish")
@@ -121,8 +131,9 @@ class AiRole:
 
     @property
     def problem(self) -> str | None:
-        """What publishing waits for, None when it does not."""
-        return self._patience.problem
+        """What publishing waits for, or which inputs cannot be read; None when all is well."""
+        found = [self._patience.problem, *(f"{name}: {reason}" for name, reason in list(self._failing.items()))]
+        return "; ".join(filter(None, found)) or None
 
     def figures(self) -> Figures:
         """Return this role's metrics."""
@@ -133,29 +144,71 @@ class AiRole:
             "ai_policies_total": self.counts.policies,
             "ai_signed_anew_total": self.counts.signed_anew,
             "ai_feedback_refused_total": self.counts.feedback["refused"],
+            "ai_inputs_failing": len(self._failing),
+            "ai_records_skipped_total": sum(sum(reasons.values()) for reasons in self._skipped.values()),
+            "ai_packets_lost_total": sum(feed.counters.lost for feed in self._parts.feeds),
         }
 
     async def _read_all(self) -> None:
-        for name, source in self._parts.sources.items():
-            batches = source.batches()
-            while (step := await asyncio.to_thread(self._score_next, batches)) is not None:
-                for found in step:
-                    await self._found.put(found)
-                await self._found.join()
-                self._parts.on_position(name, source.position)
-            self._log.info("source_ended", source=source.name, packets=source.counters.packets, reason=source.counters.ended)
-        for found in await asyncio.to_thread(self._score_rest):
-            await self._found.put(found)
-        await self._found.put(None)
+        async with asyncio.TaskGroup() as group:
+            for feed in self._parts.feeds:
+                group.create_task(self._keep_reading(feed), name=f"ai input {feed.name}")
+        await self._hand_over(await in_thread(self._score_rest))
+        self.finished.set()
 
-    def _score_next(self, batches: Iterator[Batch]) -> list[tuple[Detection, float]] | None:
-        """Read and score one block in the worker thread; None at the end of the source."""
-        batch = next(batches, None)
-        if batch is None:
-            return None
+    async def _keep_reading(self, feed: Feed) -> None:
+        """Read an input to its end; one that fails, or should have no end, again and again."""
+        pause_s = self._parts.reopen_first_s
+        while True:
+            try:
+                async with feed.batches() as batches:
+                    async for given in batches:
+                        await self._take(feed, given)
+                        self._failing.pop(feed.name, None)
+                        pause_s = self._parts.reopen_first_s
+                self._tell_skipped(feed)
+                counters, reason = feed.counters, feed.counters.ended
+                self._log.info("source_ended", source=feed.name, records=counters.packets, reason=reason)
+                if not feed.is_endless:
+                    return
+                reason = reason or "has ended"
+            except (SourceError, BusError) as error:
+                reason = str(error)
+            self._failing[feed.name] = reason
+            self._log.warning("source_failed", source=feed.name, reason=reason, retry_s=round(pause_s, 2))
+            await asyncio.sleep(pause_s * (1 + random.random() / 4))  # noqa: S311 - jitter, not a secret
+            pause_s = min(2 * pause_s, REOPEN_MAX_S)
+
+    async def _take(self, feed: Feed, given: Given) -> None:
+        """Score a batch; return when what it showed is published and the input's mark has moved behind it."""
+        async with self._scoring:
+            found = await in_thread(lambda: self._score(given.batch, prompt=feed.is_endless))
+        await self._hand_over(found)
+        await given.done()
+        if feed.counters.skipped != self._skipped.get(feed.name):
+            self._tell_skipped(feed)
+
+    def _tell_skipped(self, feed: Feed) -> None:
+        """Log each reason for leaving records out once for an input; the figures have the counts."""
+        known = self._skipped.get(feed.name, Counter())
+        for reason in feed.counters.skipped.keys() - known.keys():
+            self._log.warning("records_skipped", source=feed.name, reason=reason)
+        self._skipped[feed.name] = known | feed.counters.skipped
+
+    async def _hand_over(self, found: Sequence[tuple[Detection, float]]) -> None:
+        """Give detections to the publisher; return when the last is published."""
+        if found:
+            for each in found:
+                await self._found.put(each)
+            published = asyncio.Event()
+            await self._found.put(published)
+            await published.wait()
+
+    def _score(self, batch: Batch, *, prompt: bool) -> list[tuple[Detection, float]]:
+        """Score one batch, in the worker thread."""
         self._read.add(batch, self._parts.clock.monotonic_s())
         self.counts.packets += len(batch)
-        return self._timed(self._parts.pipeline.feed(batch))
+        return self._timed(self._parts.pipeline.feed(batch, prompt=prompt))
 
     def _score_rest(self) -> list[tuple[Detection, float]]:
         return self._timed(self._parts.pipeline.finish())
@@ -165,11 +218,12 @@ class AiRole:
         return [(detection, self._read.when(detection.decisive_us)) for detection in detections]
 
     async def _publish_all(self) -> None:
-        while (found := await self._found.get()) is not None:
-            await self._publish(*found)
-            self._found.task_done()
-        self._found.task_done()
-        self.finished.set()
+        while True:
+            found = await self._found.get()
+            if isinstance(found, asyncio.Event):
+                found.set()
+            else:
+                await self._publish(*found)
 
     async def _publish(self, detection: Detection, read_at_s: float) -> None:
         anomaly_id, evidence_id = str(uuid.uuid4()), str(uuid.uuid4())

@@ -9,7 +9,7 @@ from cybermesh.detect.engines import Engine
 from cybermesh.detect.engines.classifier import open_classifier
 from cybermesh.detect.engines.rule_file import load, shipped_paths
 from cybermesh.detect.modelfile import ModelError
-from cybermesh.detect.pipeline import Pipeline, build
+from cybermesh.detect.pipeline import Meter, Pipeline, build
 from cybermesh.telemetry.features import NAMES
 from cybermesh.telemetry.meter import FlowMeter
 
@@ -23,10 +23,16 @@ class OpenDetector:
     without_classifier: str
 
 
-def open_detector(rules_dir: Path | None = None, model_dir: Path | None = None, site_key: str = "") -> OpenDetector:
+def open_detector(
+    rules_dir: Path | None = None, model_dir: Path | None = None, site_key: str = "", *, meter: Meter | None = None
+) -> OpenDetector:
     """Return a detector with the rules and the model of these directories, or with those shipped.
 
-    A model of the site's own is loaded when ``site_key`` (public, in hex) has signed it.
+    Args:
+        rules_dir: Where the rule files are.
+        model_dir: Where the model is.
+        site_key: A model of the site's own is loaded when this key (public, in hex) has signed it.
+        meter: Meters packets; by default the reference, which is right for short captures.
 
     Raises:
         RuleError: A rule file is not usable.
@@ -41,5 +47,5 @@ def open_detector(rules_dir: Path | None = None, model_dir: Path | None = None, 
         if model_dir is not None:
             raise
         reason = str(error)
-    pipeline = build(rules, meter=FlowMeter(), flow_names=NAMES, more_engines=engines)
+    pipeline = build(rules, meter=meter if meter is not None else FlowMeter(), flow_names=NAMES, more_engines=engines)
     return OpenDetector(pipeline, f"rules-{rules.digest[:12]}", reason)

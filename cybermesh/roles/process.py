@@ -7,9 +7,6 @@ reach.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
 import random
 import signal
 import socket
@@ -42,12 +39,12 @@ from cybermesh.roles.ai import AiRole, Parts
 from cybermesh.roles.clock import Clock, SystemClock
 from cybermesh.roles.detection import open_detector
 from cybermesh.roles.firewall import Shield, open_backend, read_genesis
+from cybermesh.roles.inputs import feeds_of, metering_of
 from cybermesh.roles.open_bus import open_bus
 from cybermesh.roles.peers import parse_address, read_peers
+from cybermesh.roles.positions import Positions
 from cybermesh.roles.validator import ValidatorParts, ValidatorRole, safety_file_of
 from cybermesh.store.store import open_store
-from cybermesh.telemetry.sources import Source
-from cybermesh.telemetry.sources.choose import open_source
 
 
 class Role(StrEnum):
@@ -176,29 +173,23 @@ def _check(settings: Settings, genesis: Genesis, roles: Sequence[Role]) -> None:
 async def _make(role: Role, context: _Context, stack: AsyncExitStack) -> _Running:
     match role:
         case Role.AI:
-            return _Running(role, _make_ai(context, stack))
+            return _Running(role, await _make_ai(context, stack))
         case Role.VALIDATOR:
             return await _make_validator(context, stack)
         case Role.AGENT:
             return _Running(role, _make_agent(context, stack))
 
 
-def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
+async def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
     settings = context.settings
-    positions = Positions(context.file("ai.positions.json"))
+    metering = await asyncio.to_thread(metering_of, settings.telemetry)
     try:
         detection = settings.detection
-        detector = open_detector(detection.rules_dir, detection.model_dir, detection.site_key)
+        detector = open_detector(detection.rules_dir, detection.model_dir, detection.site_key, meter=metering.new_meter())
     except RuleError as error:
         raise ConfigError(f"detection.rules_dir: {error}") from error
     except ModelError as error:
         raise ConfigError(f"detection.model_dir: {error} (detection.site_key names that key)") from error
-    sources: dict[str, Source] = {}
-    for name in settings.telemetry.inputs:
-        sources[name] = open_source(name, block=settings.telemetry.block_packets, position=positions.of(name))
-        stack.callback(sources[name].close)
-    if not sources:
-        raise ConfigError("telemetry.inputs: the ai role has nothing to read; name at least one input")
     return AiRole(
         Parts(
             genesis=context.genesis,
@@ -208,10 +199,9 @@ def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
             bus=context.bus,
             nonces=NonceSource(stack.enter_context(FileCounters(context.file("ai.nonces")))),
             clock=context.clock,
-            sources=sources,
+            feeds=feeds_of(settings, metering, context.bus, Positions(context.file("ai.positions.json"))),
             pipeline=detector.pipeline,
             model_version=detector.version,
-            on_position=positions.keep,
         )
     )
 
@@ -281,34 +271,3 @@ def _make_agent(context: _Context, stack: AsyncExitStack) -> AgentRole:
             look=Shield(context.settings, context.genesis, context.clock.wall_ms),
         )
     )
-
-
-class Positions:
-    """Where each input goes on after a restart, in a small file that is replaced whole."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._positions: dict[str, str] = {}
-        with contextlib.suppress(FileNotFoundError):
-            self._positions = self._read()
-
-    def _read(self) -> dict[str, str]:
-        try:
-            tree = json.loads(self._path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{self._path}: not a positions file; move it away to read from the start") from error
-        return {str(name): str(position) for name, position in tree.items()}
-
-    def of(self, name: str) -> str:
-        """Return the kept position of an input, empty for its start."""
-        return self._positions.get(name, "")
-
-    def keep(self, name: str, position: str) -> None:
-        """Keep a position durably."""
-        self._positions[name] = position
-        scratch = self._path.with_suffix(".new")
-        with scratch.open("w", encoding="utf-8") as file:
-            json.dump(self._positions, file)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(self._path)

@@ -15,6 +15,8 @@ from cybermesh.messages import TxKind
 from cybermesh.roles import ai
 from cybermesh.roles.ai import AiRole, Parts
 from cybermesh.roles.detection import OpenDetector, open_detector
+from cybermesh.roles.feeds import SourceFeed
+from cybermesh.roles.positions import Nowhere
 from cybermesh.telemetry.sources import Source
 from cybermesh.telemetry.sources.choose import open_source
 from cybermesh.wire.codec import decode_signed
@@ -24,7 +26,7 @@ from tests.roles.site import TOPICS, Site
 CAPTURE = str(ROOT / "cybermesh/data/demo.pcap")
 
 
-def parts(site: Site, counters: FileCounters, detector: OpenDetector, source: Source) -> Parts:
+def parts(site: Site, counters: FileCounters, detector: OpenDetector, source: Source, marks: Nowhere) -> Parts:
     return Parts(
         genesis=site.genesis,
         key=site.deployment.keys["ai-1"],
@@ -33,7 +35,7 @@ def parts(site: Site, counters: FileCounters, detector: OpenDetector, source: So
         bus=site.bus,
         nonces=NonceSource(counters),
         clock=site.clock,
-        sources={"demo": source},
+        feeds=[SourceFeed("demo", lambda _: source, marks)],
         pipeline=detector.pipeline,
         model_version=detector.version,
     )
@@ -55,7 +57,7 @@ async def test_what_could_not_leave_for_long_is_signed_anew_with_the_same_conten
     detector = open_detector()
     source = open_source(CAPTURE)
     with FileCounters(tmp_path / "ai.nonces") as counters:
-        role = AiRole(parts(alone, counters, detector, source))
+        role = AiRole(parts(alone, counters, detector, source, Nowhere()))
         alone.bus.refused_topics = {TOPICS.ai_anomalies}
         async with asyncio.TaskGroup() as group:
             task = group.create_task(role.run(), name="ai")
@@ -74,16 +76,21 @@ async def test_what_could_not_leave_for_long_is_signed_anew_with_the_same_conten
 
 
 async def test_detections_go_out_in_order_through_a_bus_that_was_away_and_positions_follow(alone: Site, tmp_path: Path) -> None:
-    positions: list[tuple[str, int]] = []
     published: list[str] = []
+    positions: list[tuple[str, int]] = []
+
+    class Watched(Nowhere):
+        def keep(self, name: str, position: str) -> None:
+            positions.append((position, len(published)))
+
+    marks = Watched()
     detector = open_detector()
     source = open_source(CAPTURE)
     with FileCounters(tmp_path / "ai.nonces") as counters:
         role = AiRole(
             replace(
-                parts(alone, counters, detector, source),
+                parts(alone, counters, detector, source, marks),
                 on_published=lambda found: published.append(found.anomaly_id),
-                on_position=lambda _name, position: positions.append((position, len(published))),
             )
         )
         alone.bus.refused_topics = {TOPICS.ai_evidence}

@@ -14,13 +14,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from cybermesh.telemetry.sources import DEFAULT_BLOCK, Source, SourceError
 from cybermesh.telemetry.sources.capture import CaptureSource
 from cybermesh.telemetry.sources.folder import FolderSource
-from cybermesh.telemetry.sources.lines import Reading
+from cybermesh.telemetry.sources.lines import Pace, Reading
 from cybermesh.telemetry.sources.pcap import is_pcap
 from cybermesh.telemetry.sources.pcapng import is_pcapng
 from cybermesh.telemetry.sources.pieces import open_piece
@@ -37,47 +38,73 @@ class _Wanted:
     """How an input is to be read."""
 
     block: int
+    rows: int
     compiled: bool
     follow: bool
 
 
+class Input(NamedTuple):
+    """A named input: what the user wrote, of which kind it is, and where."""
+
+    spec: str
+    kind: str
+    where: str
+
+
+def name_input(spec: str) -> Input:
+    """Return kind and place of an input; what has no kind is recognised by its content, and is a capture if it is nothing else.
+
+    Raises:
+        SourceError: It names no place.
+    """
+    kind, colon, where = spec.partition(":")
+    if not colon or kind not in KINDS or Path(spec).exists():
+        kind, where = _recognise(spec), spec
+    if not where:
+        raise SourceError(f"{spec}: names no input; write {kind}:WHERE, for example {_EXAMPLES[kind]}")
+    return Input(spec, kind, where)
+
+
 def open_source(
-    spec: str, *, block: int = DEFAULT_BLOCK, position: str = "", compiled: bool = False, follow: bool = False
+    spec: str,
+    *,
+    block: int = DEFAULT_BLOCK,
+    rows: int | None = None,
+    position: str = "",
+    compiled: bool = False,
+    follow: bool = False,
 ) -> Source:
     """Open an input.
 
     Args:
         spec: ``KIND:WHERE`` with a kind of ``KINDS``, a path, or ``-`` for a capture on standard input. A file whose own name
             looks like ``KIND:WHERE`` is taken as the file.
-        block: Most packets, flows or events in a batch.
+        block: Most packets in a batch.
+        rows: Most flows, events or DNS rows in a batch; ``block`` by default.
         position: Where to go on, as told by ``Source.position`` earlier; empty for the beginning.
         compiled: Read packets with compiled kernels; ``compile_cache.load_kernels`` must have been called.
-        follow: Read a text file on and on, also where it rotates; a network interface always is. Not for folders.
+        follow: Read a file on and on, also where it rotates; a network interface always is. Not for folders.
 
     Raises:
         SourceError: The input is missing or cannot be read as what it is said to be.
     """
-    wanted = _Wanted(block, compiled, follow)
-    kind, colon, where = spec.partition(":")
-    if not colon or kind not in KINDS or Path(spec).exists():
-        kind, where = _recognise(spec), spec
-    if not where:
-        raise SourceError(f"{spec}: names no input; write {kind}:WHERE, for example {_EXAMPLES[kind]}")
+    wanted = _Wanted(block, block if rows is None else rows, compiled, follow)
+    _, kind, where = name_input(spec)
     if kind == "live":
         from cybermesh.telemetry.sources.live import LiveSource
 
         interface, _, expression = where.partition(" ")
         return LiveSource(interface, block=block, expression=expression.strip(), compiled=compiled)
     if kind == "kafka":
-        raise SourceError(f"{spec}: flow features from Kafka are not read by this version; give a file or an interface")
+        raise SourceError(f"{spec}: a topic is read by the ai role (telemetry.inputs); give a file or an interface")
     if kind == "logs" and where == _JOURNAL and not Path(where).exists():
         from cybermesh.telemetry.sources.journald import JournalSource
 
-        return JournalSource(block=block, position=position, follow=follow)
+        return JournalSource(block=wanted.rows, position=position, follow=follow)
     if where != "-" and Path(where).is_dir():
         if follow:
             raise SourceError(f"{where}: a folder cannot be followed; name the files that grow")
-        one = _Wanted(block, compiled, follow=False)
+        one = replace(wanted, follow=False)
         return FolderSource(
             Path(where), lambda path, at: _open_file(kind, path, at, one), position=position, by_time=kind == "logs"
         )
@@ -86,14 +113,15 @@ def open_source(
 
 def _open_file(kind: str, where: str, position: str, wanted: _Wanted) -> Source:
     if kind == "pcap":
+        pace = Pace() if wanted.follow and Path(where).is_file() else None
         if wanted.compiled:
             from cybermesh.telemetry.sources.capture_compiled import CompiledCaptureSource  # here: it needs numba
 
-            return CompiledCaptureSource(where, block=wanted.block, position=position)
-        return CaptureSource(where, block=wanted.block, position=position)
+            return CompiledCaptureSource(where, block=wanted.block, position=position, follow=pace)
+        return CaptureSource(where, block=wanted.block, position=position, follow=pace)
     decoder, unit, longest = _decoder(kind)
     reading = Reading(follow=wanted.follow, longest=longest) if longest else Reading(follow=wanted.follow)
-    return LineSource(where, decoder, unit=unit, block=wanted.block, position=position, reading=reading)
+    return LineSource(where, decoder, unit=unit, block=wanted.rows, position=position, reading=reading)
 
 
 def _decoder(kind: str) -> tuple[Decoder, str, int]:

@@ -16,6 +16,7 @@ from cybermesh.telemetry.decode_link import gather
 from cybermesh.telemetry.sources import SourceError
 from cybermesh.telemetry.sources.stream import ByteStream
 
+TRUNCATED = "truncated"  # how the reason begins when the input ends inside a record
 MAX_CAPTURED = 262_144  # bytes; more is a damaged record (section 7 of the feature definitions)
 
 _MAGICS = {  # first four bytes: byte order and fractions of a second in a microsecond
@@ -98,6 +99,6 @@ class PcapReader:
     def _explain_end(self) -> None:
         stream = self._stream
         if not self._counters.ended and stream.end > stream.start:
-            self._counters.ended = f"truncated: the record at byte {stream.offset} is not whole"
+            self._counters.ended = f"{TRUNCATED}: the record at byte {stream.offset} is not whole"
         if stream.damage:
             self._counters.ended = stream.damage

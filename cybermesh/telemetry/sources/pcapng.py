@@ -18,6 +18,7 @@ from cybermesh.telemetry.counters import Counters
 from cybermesh.telemetry.decode import Frames
 from cybermesh.telemetry.decode_link import I64, gather
 from cybermesh.telemetry.sources import SourceError
+from cybermesh.telemetry.sources.pcap import TRUNCATED
 from cybermesh.telemetry.sources.stream import ByteStream
 
 _SECTION, _INTERFACE, _OBSOLETE, _SIMPLE, _ENHANCED = 0x0A0D0D0A, 1, 2, 3, 6
@@ -188,7 +189,7 @@ class PcapngReader:
     def _explain_end(self) -> None:
         stream = self._stream
         if not self._counters.ended and stream.end > stream.start:
-            self._counters.ended = f"truncated: the block at byte {stream.offset} is not whole"
+            self._counters.ended = f"{TRUNCATED}: the block at byte {stream.offset} is not whole"
         if stream.damage:
             self._counters.ended = stream.damage
 

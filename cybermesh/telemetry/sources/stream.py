@@ -21,6 +21,7 @@ from cybermesh.telemetry.sources.compression import Damaged, Readable, Rejoined,
 
 BUFFER_BYTES = 4 << 20  # stays in the last cache between reading and decoding; full-size frames make batches of 2,700
 _HEAD_BYTES = 16  # enough to tell formats and compressions apart
+_BEGINNING_BYTES = 256  # by which a file is known to be written anew: times of first packets differ
 _READ_BYTES = 1 << 20
 _PAUSE_S = 0.05  # a live pipe that is silent for this long hands over what there is
 
@@ -48,6 +49,7 @@ class ByteStream:
         self._size = _size(self._raw)
         self._bytes = self._uncompressed()
         self.need(_HEAD_BYTES)
+        self._beginning = self.data[: min(self.end, _BEGINNING_BYTES)].tobytes()
         if self.end == 0:
             self.close()
             raise SourceError(f"{self.name}: {self.damage or 'is empty'}; give {wanted}")
@@ -61,6 +63,7 @@ class ByteStream:
             raise SourceError(f"{self.name}: cannot be read: {error.strerror}; check the file") from error
         whole = Rejoined(head, _AsItComes(self._raw) if isinstance(self._raw, io.BufferedIOBase) else self._raw)
         unpack = decompressor(head)
+        self.is_compressed = unpack is not None
         return whole if unpack is None else unpack(whole)
 
     @property
@@ -72,6 +75,21 @@ class ByteStream:
     def progress(self) -> float | None:
         """Share of the file (as it is on disk) that was read, or None if the input is not a file."""
         return min(1.0, self._raw.tell() / self._size) if self._size else None
+
+    @property
+    def status(self) -> os.stat_result:
+        """The open file's present size, inode and times."""
+        return os.fstat(self._raw.fileno())
+
+    @property
+    def is_written_anew(self) -> bool:
+        """Whether the open file does not begin any more as it did, or has become shorter than what was read of it."""
+        descriptor = self._raw.fileno()
+        return os.fstat(descriptor).st_size < self.offset or os.pread(descriptor, len(self._beginning), 0) != self._beginning
+
+    def go_on(self) -> None:
+        """Look again for bytes behind the end: a file may have grown."""
+        self._ended = False
 
     def need(self, count: int) -> bool:
         """Make ``count`` unread bytes visible if the input has them; ``count`` may not exceed the buffer."""

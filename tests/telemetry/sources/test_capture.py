@@ -6,6 +6,7 @@ import gzip
 import io
 import struct
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cybermesh.telemetry.packets import PacketBatch, join_batches
 from cybermesh.telemetry.sources import SourceError
 from cybermesh.telemetry.sources.capture import CaptureSource
 from cybermesh.telemetry.sources.choose import open_source
+from cybermesh.telemetry.sources.lines import GONE, Pace
 from tests.telemetry import frames, oracle
 from tests.telemetry.sources import captures
 
@@ -197,7 +199,7 @@ def test_missing_input_folder_and_unknown_kind_are_clear_errors(tmp_path: Path) 
     for spec, says in [
         (str(tmp_path / "no"), "no such file"),
         (str(tmp_path), "holds no files"),
-        ("kafka:telemetry.features.v1", "not read"),
+        ("kafka:telemetry.features.v1", "ai role"),
         ("pcap:", "names"),
     ]:
         with pytest.raises(SourceError, match=says):
@@ -308,3 +310,77 @@ def test_block_size_and_buffer_change_no_packet(shared_data: Path) -> None:
             batches, source = read(path, block=block, buffer_bytes=buffer_bytes)
             assert source.counters.packets == len(expected)
             assert all(len(batch) <= block for batch in batches)
+
+
+class _Steps:
+    """A pause in which the next thing happens to the file, and that ends reading when nothing is left to happen."""
+
+    def __init__(self, *steps: Callable[[], object]) -> None:
+        self.left = list(steps)
+
+    def pace(self) -> Pace:
+        return Pace(clock=lambda: 0.0, pause=lambda _seconds: self.left.pop(0)() if self.left else None)
+
+
+def _followed(path: Path, steps: _Steps, *, position: str = "") -> tuple[list[int], CaptureSource]:
+    """Follow a capture while things happen to it; return the payload lengths that came."""
+    source, found, silent = CaptureSource(str(path), follow=steps.pace(), position=position), [], 0
+    for batch in source.batches():
+        found += batch.payload.tolist()
+        silent = 0 if len(batch) or steps.left else silent + 1
+        if silent > 2:
+            break
+    source.close()
+    return found, source
+
+
+def _sized(*sizes: int) -> bytes:
+    return captures.pcap([(n, frames.ethernet(frames.ipv4(17, frames.udp(1, 2, bytes(n))))) for n in sizes])
+
+
+def test_a_growing_capture_is_followed_over_incomplete_records(tmp_path: Path) -> None:
+    path, whole = tmp_path / "grows.pcap", _sized(1, 2, 3, 4, 5)
+    path.write_bytes(whole[:100])
+    steps = _Steps(*(lambda cut=cut: path.write_bytes(whole[:cut]) for cut in (130, 150, 151, len(whole))))
+    found, source = _followed(path, steps)
+    assert found == [1, 2, 3, 4, 5]
+    assert (source.counters.ended, source.counters.packets) == ("", 5)
+
+
+@pytest.mark.parametrize("truncating", [False, True], ids=["renamed", "truncated"])
+def test_a_capture_that_is_replaced_is_read_from_its_beginning(tmp_path: Path, truncating: bool) -> None:
+    path = tmp_path / "rotates.pcap"
+    path.write_bytes(_sized(1, 2, 3))
+    steps: list[Callable[[], object]] = [lambda: path.write_bytes(b"") if truncating else path.rename(tmp_path / "old.pcap")]
+    steps += [lambda: path.write_bytes(_sized(7)[:20]), lambda: path.write_bytes(_sized(7, 8)[:90])]
+    assert _followed(path, _Steps(*steps))[0] == [1, 2, 3, 7]
+
+
+def test_a_capture_that_is_written_anew_between_two_looks_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "anew.pcap"
+    path.write_bytes(_sized(1, 2))
+    assert _followed(path, _Steps(lambda: path.write_bytes(_sized(7, 8, 9))))[0] == [1, 2, 7, 8, 9]
+
+
+def test_a_followed_capture_goes_on_after_a_restart_and_counts_what_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "restart.pcap"
+    path.write_bytes(_sized(1, 2))
+    found, source = _followed(path, _Steps())
+    path.write_bytes(_sized(1, 2, 3))
+    again, _ = _followed(path, _Steps(), position=source.position)
+    assert (found, again) == ([1, 2], [3])
+    path.rename(tmp_path / "old")
+    path.write_bytes(_sized(9))
+    anew, source = _followed(path, _Steps(), position=source.position)
+    assert anew == [9]
+    assert source.counters.skipped == {GONE: 1}
+
+
+def test_a_damaged_or_compressed_capture_that_is_followed_ends(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.pcap"
+    path.write_bytes(_sized(1) + b"\xff" * 40)
+    found, source = _followed(path, _Steps(lambda: None))
+    assert found == [1]
+    assert "claims" in source.counters.ended
+    path.write_bytes(gzip.compress(_sized(1, 2)))
+    assert _followed(path, _Steps(lambda: None))[0] == [1, 2]
