@@ -110,6 +110,10 @@ class Detector:
         """Policy proposals put off by their rate limit so far."""
         return self._candidates.overflow
 
+    def replace_rules(self, rules: RuleSet) -> None:
+        """Name another rule set in evidence from now on; open alerts go on."""
+        self._rules = rules
+
     def detect(self, flows: FlowBatch | None, windows: Sequence[WindowBatch]) -> list[Detection]:
         """Score a batch of finished flows and window rows; return the alerts that are new or escalate, in order.
 

@@ -53,7 +53,8 @@ class Windows:
 class Pipeline:
     """Windows, an optional meter, and the detector they feed."""
 
-    def __init__(self, windows: Windows, meter: Meter | None, detector: Detector) -> None:
+    def __init__(self, windows: Windows, meter: Meter | None, detector: Detector, rules: RuleEngine) -> None:
+        self._rules = rules
         self.windows = windows.packets
         self.flow_windows = windows.flows
         self.event_windows = windows.events
@@ -86,6 +87,27 @@ class Pipeline:
         if prompt:
             rows += [row for windows in self._windows for row in windows.prompt()]
         return self.detector.detect(flows, rows)
+
+    def replace_rules(self, rules: RuleSet) -> list[Detection]:
+        """Go on with another rule set; return what the windows so far still gave under the old one.
+
+        Open alerts, baselines and flows stay. Windows begin anew where the new rules want other lengths.
+        """
+        found: list[Detection] = []
+        if rules.wanted() != self._rules.rules.wanted():
+            rows: list[WindowBatch] = [row for windows in self._windows for row in windows.finish()]
+            found = self.detector.detect(None, rows)
+            fresh = windows_for(rules)
+            self.windows, self.flow_windows = fresh.packets, fresh.flows
+            self.event_windows, self.dns_windows = fresh.events, fresh.dns
+        self._rules.replace(rules)
+        self.detector.replace_rules(rules)
+        return found
+
+    @property
+    def rules(self) -> RuleSet:
+        """The rule set in use."""
+        return self._rules.rules
 
     def finish(self) -> list[Detection]:
         """End the input: score what is still open; return new and escalating alerts, then the last state of the others."""
@@ -137,14 +159,19 @@ def build(
 ) -> Pipeline:
     """Return a pipeline over a rule set, with a statistics engine (a new one by default) and whatever else is given."""
     decision = decision if decision is not None else Decision()
-    engines: list[Engine] = [RuleEngine(rules, flow_names), statistics if statistics is not None else StatisticsEngine()]
+    rule_engine = RuleEngine(rules, flow_names)
+    engines: list[Engine] = [rule_engine, statistics if statistics is not None else StatisticsEngine()]
     engines += more_engines
     detector = Detector(engines, decision.ensemble, decision.limits, rules, decision.model_digest)
+    return Pipeline(windows_for(rules), meter, detector, rule_engine)
+
+
+def windows_for(rules: RuleSet) -> Windows:
+    """Return empty windows of the scopes and lengths that a rule set and the statistics engine read."""
     of_packets = wanted(RuleSet(tuple(rule for rule in rules.rules if not rule.names & EVENT_COUNTS)))
-    windows = Windows(
+    return Windows(
         SlidingWindows(of_packets), FlowWindows(of_packets), EventWindows(rules.wanted()), DnsWindows(rules.wanted())
     )
-    return Pipeline(windows, meter, detector)
 
 
 def wanted(rules: RuleSet) -> Mapping[Scope, tuple[int, ...]]:

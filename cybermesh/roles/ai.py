@@ -41,6 +41,7 @@ from cybermesh.log import logger
 from cybermesh.messages import SignedMessage, Transaction, TxKind
 from cybermesh.metrics import Figures
 from cybermesh.roles.clock import Clock
+from cybermesh.roles.detection import Upkeep
 from cybermesh.roles.feeds import Feed, Given, in_thread
 from cybermesh.roles.patience import Patience
 from cybermesh.roles.ring import control_domains, key_ring
@@ -86,6 +87,7 @@ class Parts:
     feeds: Sequence[Feed]
     pipeline: Pipeline
     model_version: str
+    upkeep: Upkeep | None = None
     on_published: Callable[[Published], None] = lambda _published: None
     reopen_first_s: float = REOPEN_FIRST_S
 
@@ -208,10 +210,15 @@ class AiRole:
         """Score one batch, in the worker thread."""
         self._read.add(batch, self._parts.clock.monotonic_s())
         self.counts.packets += len(batch)
-        return self._timed(self._parts.pipeline.feed(batch, prompt=prompt))
+        upkeep = self._parts.upkeep
+        ended = upkeep.step(self._parts.clock.monotonic_s()) if upkeep is not None else []
+        return self._timed([*ended, *self._parts.pipeline.feed(batch, prompt=prompt)])
 
     def _score_rest(self) -> list[tuple[Detection, float]]:
-        return self._timed(self._parts.pipeline.finish())
+        found = self._parts.pipeline.finish()
+        if self._parts.upkeep is not None:
+            self._parts.upkeep.save()
+        return self._timed(found)
 
     def _timed(self, detections: Sequence[Detection]) -> list[tuple[Detection, float]]:
         self.counts.flows = self._parts.pipeline.flows

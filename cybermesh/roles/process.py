@@ -185,7 +185,13 @@ async def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
     metering = await asyncio.to_thread(metering_of, settings.telemetry)
     try:
         detection = settings.detection
-        detector = open_detector(detection.rules_dir, detection.model_dir, detection.site_key, meter=metering.new_meter())
+        detector = open_detector(
+            detection.rules_dir,
+            detection.model_dir,
+            detection.site_key,
+            meter=metering.new_meter(),
+            state=context.file("ai.baselines.json"),
+        )
     except RuleError as error:
         raise ConfigError(f"detection.rules_dir: {error}") from error
     except ModelError as error:
@@ -202,6 +208,7 @@ async def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
             feeds=feeds_of(settings, metering, context.bus, Positions(context.file("ai.positions.json"))),
             pipeline=detector.pipeline,
             model_version=detector.version,
+            upkeep=detector.upkeep,
         )
     )
 

@@ -62,6 +62,11 @@ class SlidingWindows:
         return {scope: table.overflow for scope, table in self._tables.items()}
 
     @property
+    def entities(self) -> int:
+        """How many rows of any scope are kept."""
+        return sum(len(table) for table in self._tables.values())
+
+    @property
     def connections_evicted(self) -> int:
         """Connections forgotten because the table was full."""
         return self._connections.evicted

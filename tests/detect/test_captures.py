@@ -51,7 +51,7 @@ def test_a_capture_gives_exactly_the_expected_alerts(shared_data: Path, name: st
     assert len(found) == len(wanted), [detection.explanation for detection in found]
     assert told == wanted
     for detection in found:
-        assert replay(detection.evidence, RULES) >= 1
+        assert replay(detection.evidence, RULES) >= 1 or set(detection.votes) == {"statistics"}
         assert digest(detection.evidence) == detection.evidence_digest
         assert detection.first_us <= detection.decisive_us <= detection.last_us
 

@@ -427,14 +427,16 @@ def test_statistics_state_survives_a_restart_exactly() -> None:
 DAMAGED = [
     {"a": {"b": {}}},
     {"a": 3},
-    {"a": {"syn": {"samples": ["x"], "sampled_us": 1, "cusum": 0}}},
-    {"a": {"syn": {"samples": 3, "sampled_us": 1, "cusum": 0}}},
-    {"a": {"syn": {"samples": [], "sampled_us": "now", "cusum": 0}}},
+    {"a": {"syn": {"samples": ["x"], "sampled_us": 1, "cusum": 0, "season": {}}}},
+    {"a": {"syn": {"samples": 3, "sampled_us": 1, "cusum": 0, "season": {}}}},
+    {"a": {"syn": {"samples": [], "sampled_us": "now", "cusum": 0, "season": {}}}},
+    {"a": {"syn": {"samples": [], "sampled_us": 1, "cusum": 0}}},
+    {"a": {"syn": {"samples": [], "sampled_us": 1, "cusum": 0, "season": {"3": [1, 2]}}}},
 ]
 
 
 @pytest.mark.parametrize(
-    "state", [{}, {"version": 1}, {"version": 2, "entities": {}}, *({"version": 1, "entities": bad} for bad in DAMAGED)]
+    "state", [{}, {"version": 2}, {"version": 1, "entities": {}}, *({"version": 2, "entities": bad} for bad in DAMAGED)]
 )
 def test_a_foreign_state_is_refused(state: dict[str, object]) -> None:
     with pytest.raises(StateError):

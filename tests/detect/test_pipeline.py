@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import pytest
 
 from cybermesh import policy
 from cybermesh.detect.engines.rule_file import load, shipped_paths
 from cybermesh.detect.pipeline import build, latest
-from cybermesh.telemetry.packets import FIN, PSH, URG
+from cybermesh.telemetry.packets import FIN, PSH, SYN, URG
 from cybermesh.telemetry.windows import EVENT_COUNTS
+from cybermesh.telemetry.windows_sliding import CAPACITY
 from tests.detect import traffic
 from tests.detect.traffic import ATTACKER, VICTIM
 from tests.telemetry.packet_batches import Packet, batch, blocks
@@ -191,6 +194,25 @@ def test_a_long_flood_is_one_alert_with_a_growing_count() -> None:
     assert 38_000 <= reports[-1].count <= 42_000
     assert [detection.revision for detection in reports] == list(range(len(reports)))
     assert sum(detection.policy is not None for detection in reports) == 1
+
+
+def test_a_flood_of_a_million_packets_is_one_alert_in_bounded_memory() -> None:
+    pipeline = build(RULES)
+    chunk = batch(Packet(T, ATTACKER, VICTIM, 1024, 80, 6, SYN) for _ in range(20_000))
+    rng = np.random.default_rng(7)
+    reports = []
+    for number in range(50):
+        sources = chunk.src.copy()
+        sources[:, 12:] = rng.integers(1, 200, (len(chunk), 4), np.uint8)
+        times = chunk.ts_us + number * 200_000 + np.arange(len(chunk)) * 10
+        reports += pipeline.feed(dataclasses.replace(chunk, src=sources, ts_us=times))
+    reports += pipeline.finish()
+    (last,) = latest(reports)
+    assert (last.type, last.victim, last.port) == ("ddos", VICTIM, 80)
+    assert 900_000 <= last.count <= 1_100_000
+    assert len(reports) <= 6
+    assert pipeline.windows.strangers > 900_000  # counted at the victim, with a place of their own for none
+    assert pipeline.windows.entities <= 2 * CAPACITY  # of five tables
 
 
 def test_every_accused_gets_its_policy_though_they_came_too_many_at_once() -> None:

@@ -33,6 +33,10 @@ class RuleEngine:
         self.unlisted = 0  # findings beyond ``FINDINGS_PER_RULE_MAX``
         self._flow_names = flow_names
 
+    def replace(self, rules: RuleSet) -> None:
+        """Go on with another rule set."""
+        self.rules = rules
+
     @property
     def name(self) -> str:
         """``rules``."""

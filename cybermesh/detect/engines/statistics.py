@@ -1,9 +1,15 @@
-"""The statistics engine: entities that leave their own past, by robust z and by CUSUM over window counts.
+"""The statistics engine: entities that leave their own past, by robust z and by CUSUM over window counts and entropies.
 
 For each entity and metric the last ``SAMPLES`` counts of whole, non-overlapping windows are its baseline. Median and MAD do not
 follow outliers, a CUSUM of the standardised counts finds shifts too small for any single window, and resets after it fired.
 The engine abstains while an entity is cold (fewer than ``WARM`` samples), and for entities it has no place for. Samples far
 outside enter the baseline clipped, so an attack cannot teach it quickly, and a lasting change is learnt in the end.
+
+What comes every day or week at the same hour (a backup, a report) is no surprise: the peaks that an hour of the day or the week
+showed before are kept, and a value within them is left alone (``_Season``). Beacons are found in flows (``beacons``).
+
+Memory is bounded, and who floods cannot make the engine forget: entities are ranked by how long they have been watched, warm
+ones last, and the least watched and longest unseen is forgotten first.
 
 State is a JSON-able dict (``to_state``, ``from_state``), so baselines survive restarts. No clock, no randomness.
 """
@@ -16,6 +22,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from cybermesh.detect.engines import Finding
+from cybermesh.detect.engines.beacons import Beacons
 from cybermesh.detect.engines.rules import address_text
 from cybermesh.telemetry.flows import FlowBatch
 from cybermesh.telemetry.windows import COLUMN, Scope, WindowBatch
@@ -29,7 +36,14 @@ CUSUM_FIRES = 24.0
 _MAD_TO_SIGMA = 1.4826
 _CLIP_Z = 4.0
 _SCORE_MAX = 0.9
-STATE_VERSION = 1
+STATE_VERSION = 2
+_DAY_US = 86_400_000_000
+_HOUR_US = 3_600_000_000
+SEASON_DAYS = 3  # days on which an hour must have shown a peak before it is expected
+SEASON_WEEKS = 2
+_SEASON_SLACK = 1.5
+_SEASON_KEEPS = 0.6  # of the old level, where a day's peak is lower
+_WATCHED = (3, WARM)  # samples from which an entity is forgotten later
 
 
 WINDOW_S: Mapping[Scope, int] = {Scope.DESTINATION: 10, Scope.SOURCE: 60}
@@ -44,6 +58,9 @@ class Metric:
     type: str
     least: float
     spoofable: bool = False
+    floor: float = 0.0  # smallest standard deviation; 0: that of a Poisson variable
+    both: bool = False  # a fall is as telling as a rise
+    volume: str = ""  # the count that ``least`` is about, where it is not the metric itself
 
 
 METRICS = (
@@ -53,6 +70,9 @@ METRICS = (
     Metric(Scope.SOURCE, "failed", "port_scan", 30),
     Metric(Scope.SOURCE, "payload_out", "exfiltration", 20_000_000),
     Metric(Scope.SOURCE, "peers", "anomaly", 50),
+    Metric(Scope.SOURCE, "port_entropy", "port_scan", 100, floor=0.4, volume="failed"),
+    Metric(Scope.SOURCE, "peer_entropy", "anomaly", 1000, floor=0.4, both=True, volume="packets_out"),
+    Metric(Scope.DESTINATION, "peer_entropy", "ddos", 2000, spoofable=True, floor=0.4, volume="packets_out"),
 )
 
 
@@ -61,28 +81,61 @@ class StateError(Exception):
 
 
 @dataclass(slots=True)
+class _Season:
+    """Peaks by hour of the day (0-23) and of the week (24-191): the level expected, the days it rests on, and today's."""
+
+    hours: dict[int, list[float]] = field(default_factory=dict)  # [level, days, day, today's peak]
+
+    def expected(self, now_us: int) -> float:
+        """Return the level that this hour usually reaches, 0 if there is none yet."""
+        levels = [0.0]
+        for key, enough in zip(_hours(now_us), (SEASON_DAYS, SEASON_WEEKS), strict=True):
+            level, days = self.hours.get(key, (0.0, 0.0))[:2]
+            if days >= enough:
+                levels.append(level)
+        return max(levels)
+
+    def learn(self, value: float, now_us: int) -> None:
+        """Take a value of this hour."""
+        day = float(now_us // _DAY_US)
+        for key in _hours(now_us):
+            hour = self.hours.setdefault(key, [0.0, 0.0, day, 0.0])
+            if hour[2] != day:
+                hour[0] = max(hour[3], _SEASON_KEEPS * hour[0] + (1 - _SEASON_KEEPS) * hour[3])
+                hour[1:] = [hour[1] + 1, day, 0.0]
+            hour[3] = max(hour[3], value)
+
+
+def _hours(now_us: int) -> tuple[int, int]:
+    hour = now_us // _HOUR_US
+    return hour % 24, 24 + hour % 168
+
+
+@dataclass(slots=True)
 class _Baseline:
     samples: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     sampled_us: int | None = None
     cusum: float = 0.0
+    season: _Season = field(default_factory=_Season)
 
-    def judge(self, value: float) -> tuple[float, float, float]:
+    def judge(self, value: float, floor: float = 0.0) -> tuple[float, float, float]:
         """Return the robust z of a value, and the baseline's median and scale; z is 0 while cold."""
         if len(self.samples) < WARM:
             return 0.0, 0.0, 0.0
         middle = float(median(self.samples))
         mad = float(median(abs(sample - middle) for sample in self.samples))
         # Counts scatter at least like a Poisson variable; a constant past does not make one more an outlier.
-        scale = max(_MAD_TO_SIGMA * mad, max(middle, 1.0) ** 0.5)
+        scale = max(_MAD_TO_SIGMA * mad, floor if floor > 0 else max(middle, 1.0) ** 0.5)
         return (value - middle) / scale, middle, scale
 
-    def learn(self, value: float, now_us: int, window_s: int) -> float:
+    def learn(self, value: float, now_us: int, window_s: int, floor: float = 0.0) -> float:
         """Take a sample if the last one's window is over; return the CUSUM including it, reset if it fires."""
         if self.sampled_us is not None and 0 <= now_us - self.sampled_us < window_s * 1_000_000:
             return 0.0
-        z, middle, scale = self.judge(value)
+        z, middle, scale = self.judge(value, floor)
         self.sampled_us = now_us
-        self.samples.append(min(value, middle + _CLIP_Z * scale) if scale > 0 else value)
+        clipped = max(middle - _CLIP_Z * scale, min(value, middle + _CLIP_Z * scale))
+        self.samples.append(clipped if scale > 0 else value)
         self.cusum = max(0.0, self.cusum + min(z, Z_FIRES) - CUSUM_SLACK)
         reached = self.cusum
         if reached >= CUSUM_FIRES:
@@ -91,13 +144,14 @@ class _Baseline:
 
 
 class StatisticsEngine:
-    """Watches ``METRICS`` per entity; of at most ``ENTITIES_MAX`` entities, the longest unseen is forgotten first."""
+    """Watches ``METRICS`` per entity, at most ``ENTITIES_MAX`` of them, and beacons."""
 
     def __init__(self, entities_max: int = ENTITIES_MAX) -> None:
         self.abstained = 0  # judgements left out because the entity was cold
         self.forgotten = 0
         self._entities_max = entities_max
-        self._baselines: OrderedDict[str, dict[str, _Baseline]] = OrderedDict()
+        self.beacons = Beacons()
+        self._ranks: tuple[OrderedDict[str, dict[str, _Baseline]], ...] = (OrderedDict(), OrderedDict(), OrderedDict())
 
     @property
     def name(self) -> str:
@@ -105,12 +159,11 @@ class StatisticsEngine:
         return "statistics"
 
     def __len__(self) -> int:
-        return len(self._baselines)
+        return sum(len(rank) for rank in self._ranks)
 
     def score_flows(self, flows: FlowBatch) -> list[Finding]:
-        """Return nothing: baselines are over windows."""
-        del flows
-        return []
+        """Return the beacons; baselines are over windows."""
+        return self.beacons.score(flows)
 
     def score_windows(self, windows: WindowBatch) -> list[Finding]:
         """Judge each row against its entity's past, then learn it."""
@@ -129,32 +182,47 @@ class StatisticsEngine:
         return found
 
     def _of(self, key: str) -> dict[str, _Baseline]:
-        baselines = self._baselines.setdefault(key, {})
-        self._baselines.move_to_end(key)
-        if len(self._baselines) > self._entities_max:
-            self._baselines.popitem(last=False)
+        baselines: dict[str, _Baseline] = {}
+        for rank in self._ranks:
+            baselines = rank.pop(key, baselines)
+        self._ranks[_rank(baselines)][key] = baselines
+        if len(self) > self._entities_max:
+            next(rank for rank in self._ranks if rank).popitem(last=False)
             self.forgotten += 1
         return baselines
 
     def _judge(self, metric: Metric, baseline: _Baseline, windows: WindowBatch, row: int) -> Finding | None:
         value = float(windows.values[row, COLUMN[metric.name]])
-        z, middle, scale = baseline.judge(value)
+        volume = float(windows.values[row, COLUMN[metric.volume]]) if metric.volume else value
+        now_us = int(windows.last_us[row])
+        z, middle, scale = baseline.judge(value, metric.floor)
         if scale == 0:
             self.abstained += 1
-        cusum = baseline.learn(value, int(windows.last_us[row]), windows.window_s)
-        if value < metric.least or (z < Z_FIRES and cusum < CUSUM_FIRES):
+        cusum = baseline.learn(value, now_us, windows.window_s, metric.floor)
+        if volume < metric.least:
             return None
-        score = min(_SCORE_MAX, 1 - 0.5 ** (max(z / Z_FIRES, cusum / CUSUM_FIRES)))
+        is_usual = not metric.both and value <= _SEASON_SLACK * baseline.season.expected(now_us)
+        baseline.season.learn(value, now_us)
+        strength = abs(z) if metric.both else z
+        if is_usual or (strength < Z_FIRES and cusum < CUSUM_FIRES):
+            return None
+        score = min(_SCORE_MAX, 1 - 0.5 ** (max(strength / Z_FIRES, cusum / CUSUM_FIRES)))
         return _finding(metric, windows, row, score, {"value": value, "median": middle, "scale": scale, "z": z, "cusum": cusum})
 
     def to_state(self) -> dict[str, object]:
         """Return the baselines as a JSON-able dict."""
         entities = {
             key: {
-                name: {"samples": list(baseline.samples), "sampled_us": baseline.sampled_us, "cusum": baseline.cusum}
+                name: {
+                    "samples": list(baseline.samples),
+                    "sampled_us": baseline.sampled_us,
+                    "cusum": baseline.cusum,
+                    "season": {str(hour): list(kept) for hour, kept in baseline.season.hours.items()},
+                }
                 for name, baseline in baselines.items()
             }
-            for key, baselines in self._baselines.items()
+            for rank in self._ranks
+            for key, baselines in rank.items()
         }
         return {"version": STATE_VERSION, "entities": entities}
 
@@ -170,18 +238,28 @@ class StatisticsEngine:
         if state.get("version") != STATE_VERSION or not isinstance(entities, dict):
             raise StateError(f"not a statistics state of version {STATE_VERSION}")
         try:
-            for key, baselines in list(entities.items())[-entities_max:]:
-                engine._baselines[str(key)] = {str(name): _restored(saved) for name, saved in baselines.items()}
+            for key, saved in list(entities.items())[-entities_max:]:
+                baselines = {str(name): _restored(each) for name, each in saved.items()}
+                engine._ranks[_rank(baselines)][str(key)] = baselines
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"damaged statistics state: {error}") from error
         return engine
 
 
+def _rank(baselines: Mapping[str, _Baseline]) -> int:
+    """Return 0 for an entity hardly seen, 1 for one being learnt, 2 for a warm one."""
+    samples = max((len(baseline.samples) for baseline in baselines.values()), default=0)
+    return sum(samples >= enough for enough in _WATCHED)
+
+
 def _restored(saved: Mapping[str, object]) -> _Baseline:
-    samples, sampled_us, cusum = saved["samples"], saved["sampled_us"], saved["cusum"]
+    samples, sampled_us, cusum, season = (saved[name] for name in ("samples", "sampled_us", "cusum", "season"))
     if not isinstance(samples, list) or not isinstance(cusum, int | float) or not isinstance(sampled_us, int | None):
         raise TypeError("samples is a list, cusum a number, sampled_us a whole number or null")
-    return _Baseline(deque((float(sample) for sample in samples), maxlen=SAMPLES), sampled_us, float(cusum))
+    if not isinstance(season, dict) or any(len(kept) != 4 for kept in season.values()):
+        raise TypeError("season is a mapping of hours to four numbers")
+    hours = {int(hour): [float(number) for number in kept] for hour, kept in season.items()}
+    return _Baseline(deque((float(each) for each in samples), maxlen=SAMPLES), sampled_us, float(cusum), _Season(hours))
 
 
 def _finding(metric: Metric, windows: WindowBatch, row: int, score: float, details: Mapping[str, float]) -> Finding:
@@ -205,8 +283,8 @@ def _finding(metric: Metric, windows: WindowBatch, row: int, score: float, detai
         count=max(1, int(details["value"])),
         spoofable=metric.spoofable,
         explanation=(
-            f"{metric.name} of this {windows.scope} is {details['value']:,.0f} in {windows.window_s} s, "
-            f"usually {details['median']:,.0f} (z {details['z']:.1f})"
+            f"{metric.name} of this {windows.scope} is {details['value']:,.4g} in {windows.window_s} s, "
+            f"usually {details['median']:,.4g} (z {details['z']:.1f})"
         ),
         details={"metric": metric.name, "over": str(windows.scope), "window_s": windows.window_s, **details},
     )
