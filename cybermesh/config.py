@@ -123,10 +123,11 @@ class Topics(Section):
 
 
 class Signing(Section):
-    """Signing domains of the control topics; they must equal those of the genesis."""
+    """Signing domains of the control topics, which must equal those of the genesis, and how the ai role signs."""
 
     control_domain: str | None = None
     control_policy_domain: str | None = None
+    batches: bool = Field(default=False, description="the ai role signs the messages of a detection at once")
 
 
 class Telemetry(Section):

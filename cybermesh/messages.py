@@ -47,6 +47,7 @@ class Anomaly:
     signature: bytes
     pubkey: bytes
     alg: str = ED25519
+    batch: bytes = b""  # the place in a batch that was signed at once; empty: signed by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Evidence:
     signature: bytes
     pubkey: bytes
     alg: str = ED25519
+    batch: bytes = b""  # the place in a batch that was signed at once; empty: signed by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class Policy:
     signature: bytes
     pubkey: bytes
     alg: str = ED25519
+    batch: bytes = b""  # the place in a batch that was signed at once; empty: signed by itself
 
 
 @dataclass(frozen=True, slots=True)

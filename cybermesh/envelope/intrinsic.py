@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from functools import lru_cache
 from typing import TypeVar
 
 import orjson
 
 from cybermesh.envelope import Code, EnvelopeError
+from cybermesh.envelope.batches import leaf_of, signed_root
 from cybermesh.envelope.signing import custody_sign_bytes, policy_sign_bytes_with_zero, sign_bytes
 from cybermesh.envelope.structure import (
     ID_MAX,
@@ -67,9 +69,7 @@ def check_signature(message: SignedMessage) -> None:
     """
     if message.producer_id != message.pubkey:
         raise EnvelopeError(Code.KEY_MISMATCH, "producer_id", "is not the key that signed")
-    if not verify(message.pubkey, sign_bytes(message), message.signature) and not (
-        isinstance(message, Policy) and verify(message.pubkey, policy_sign_bytes_with_zero(message), message.signature)
-    ):
+    if not _is_signed(message):
         raise EnvelopeError(
             Code.SIGNATURE, "signature", "is not the producer's over domain, ts, producer_id, nonce, content_hash"
         )
@@ -77,6 +77,21 @@ def check_signature(message: SignedMessage) -> None:
         for index, entry in enumerate(message.coc):
             if not verify(entry.actor_id, custody_sign_bytes(entry.ref_hash, entry.actor_id, entry.ts), entry.signature):
                 raise EnvelopeError(Code.CUSTODY_SIGNATURE, f"coc[{index}].signature", "is not the actor's")
+
+
+def _is_signed(message: SignedMessage) -> bool:
+    if not isinstance(message, OperatorCommand) and message.batch:
+        signed = signed_root(leaf_of(sign_bytes(message)), message.batch)
+        return signed is not None and _verify_root(message.pubkey, signed, message.signature)
+    if verify(message.pubkey, sign_bytes(message), message.signature):
+        return True
+    return isinstance(message, Policy) and verify(message.pubkey, policy_sign_bytes_with_zero(message), message.signature)
+
+
+@lru_cache(maxsize=4_096)
+def _verify_root(public: bytes, signed: bytes, signature: bytes) -> bool:
+    """Verify a batch's signature once for all its messages; remembering an answer that never changes keeps this pure."""
+    return verify(public, signed, signature)
 
 
 def read_content(message: SignedMessage) -> dict[str, object]:

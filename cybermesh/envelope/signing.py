@@ -4,6 +4,7 @@ Rules (the layout is fixed by the earlier system):
 
 - ``ai.*`` and ``control.operator``: Ed25519 over ``domain || ts u64 || len(producer_id) u16 || producer_id || nonce ||
   content_hash``, big-endian, no separator after the domain;
+- several ``ai.*`` messages at once: ``envelope.batches``;
 - other ``control.*``: Ed25519 over ``domain || message``, serialised deterministically with signature, pubkey and alg cleared;
 - whatever those bytes do not cover is repeated in the content, and the functions here put it there.
 """
@@ -13,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import orjson
 
+from cybermesh.envelope.batches import batch_sign_bytes, leaf_of, root_and_places
 from cybermesh.envelope.structure import content_of
 from cybermesh.keys import SigningKey
 from cybermesh.messages import (
@@ -52,6 +54,7 @@ _DOMAINS: dict[type, bytes] = {
 _HEAD = struct.Struct(">QH")
 _U64 = struct.Struct(">Q")
 
+AiMessage = Anomaly | Evidence | Policy
 S = TypeVar("S", bound=SignedMessage)
 C = TypeVar("C", bound=ControlMessage)
 
@@ -140,18 +143,35 @@ def _json(details: Mapping[str, object], bound: Mapping[str, object]) -> bytes:
 def sign(message: S, stamp: Stamp) -> S:
     """Return the message with hash, time, nonce and signature set anew; its content stays.
 
-    Also for a message that waited too long and must be stamped again.
+    Also for a message that waited too long and must be stamped again; it leaves its batch then.
     """
-    stamped = dataclasses.replace(
-        message,
-        ts=stamp.ts,
-        content_hash=hashlib.sha256(content_of(message)).digest(),
-        producer_id=stamp.key.public,
-        nonce=stamp.nonce,
-        pubkey=stamp.key.public,
-        alg=ED25519,
-    )
+    stamped = _stamped(message, stamp)
     return dataclasses.replace(stamped, signature=stamp.key.sign(sign_bytes(stamped)))
+
+
+def sign_batch(messages: Sequence[AiMessage], stamps: Sequence[Stamp]) -> list[AiMessage]:
+    """Return the messages, 1 to 65,536, stamped anew by one key and signed at once (``envelope.batches``)."""
+    stamped = [_stamped(message, stamp) for message, stamp in zip(messages, stamps, strict=True)]
+    root, places = root_and_places([leaf_of(sign_bytes(message)) for message in stamped])
+    signature = stamps[0].key.sign(batch_sign_bytes(len(places), root))
+    assert len({stamp.key.public for stamp in stamps}) == 1
+    return [
+        dataclasses.replace(message, signature=signature, batch=place) for message, place in zip(stamped, places, strict=True)
+    ]
+
+
+def _stamped(message: S, stamp: Stamp) -> S:
+    fields: dict[str, object] = {
+        "ts": stamp.ts,
+        "content_hash": hashlib.sha256(content_of(message)).digest(),
+        "producer_id": stamp.key.public,
+        "nonce": stamp.nonce,
+        "pubkey": stamp.key.public,
+        "alg": ED25519,
+    }
+    if not isinstance(message, OperatorCommand):
+        fields["batch"] = b""
+    return dataclasses.replace(message, **fields)  # type: ignore[arg-type]  # the names are those of the class
 
 
 def sign_anomaly(content: AnomalyContent, stamp: Stamp) -> Anomaly:

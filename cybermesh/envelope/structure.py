@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cybermesh.envelope import Code, EnvelopeError
+from cybermesh.envelope.batches import check_place
 from cybermesh.envelope.nonces import NONCE_BYTES
 from cybermesh.keys import PUBLIC_BYTES, SIGNATURE_BYTES
 from cybermesh.messages import (
@@ -108,6 +109,8 @@ def check_structure(message: SignedMessage) -> None:
         EnvelopeError: STRUCTURE or ALGORITHM, naming the field.
     """
     _check_stamp(message)
+    if not isinstance(message, OperatorCommand) and message.batch:
+        check_place(message.batch)
     if isinstance(message, Anomaly):
         _check_name("type", message.type)
         _check_text("source", message.source)

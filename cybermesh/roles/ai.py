@@ -25,12 +25,14 @@ from cybermesh.detect.pipeline import Pipeline
 from cybermesh.envelope import EnvelopeError
 from cybermesh.envelope.nonces import NonceSource
 from cybermesh.envelope.signing import (
+    AiMessage,
     AnomalyContent,
     EvidenceContent,
     PolicyContent,
     Stamp,
     sign,
     sign_anomaly,
+    sign_batch,
     sign_custody,
     sign_evidence,
     sign_policy,
@@ -75,6 +77,7 @@ class Parts:
     """What the role is composed of; ``instance`` names this process in its consumer group.
 
     ``feeds`` are read side by side; ``reopen_first_s`` is the first pause before one that failed is opened again.
+    With ``signs_batches`` the messages of a detection share one signature.
     """
 
     genesis: Genesis
@@ -88,6 +91,7 @@ class Parts:
     pipeline: Pipeline
     model_version: str
     upkeep: Upkeep | None = None
+    signs_batches: bool = False
     on_published: Callable[[Published], None] = lambda _published: None
     reopen_first_s: float = REOPEN_FIRST_S
 
@@ -245,9 +249,10 @@ class AiRole:
             {"anomaly_id": anomaly_id, "evidence": detection.evidence},
             (sign_custody(reference, stamp.ts, self._parts.key),),
         )
-        anomaly = sign_anomaly(_anomaly(detection, anomaly_id, self._parts.model_version), stamp)
-        await self._send(TxKind.ANOMALY, detection.entity, anomaly)
-        await self._send(TxKind.EVIDENCE, detection.entity, sign_evidence(evidence, self._stamp()))
+        messages: list[AiMessage] = [
+            sign_anomaly(_anomaly(detection, anomaly_id, self._parts.model_version), stamp),
+            sign_evidence(evidence, self._stamp()),
+        ]
         if policy_id is not None and detection.policy is not None:
             policy = PolicyContent(
                 policy_id,
@@ -257,9 +262,14 @@ class AiRole:
                 evidence_id,
                 {**detection.policy, "policy_id": policy_id},
             )
-            sent = await self._send(TxKind.POLICY, detection.entity, sign_policy(policy, self._stamp()))
-            policy_digest = Transaction(TxKind.POLICY, sent).digest
+            messages.append(sign_policy(policy, self._stamp()))
             self.counts.policies += 1
+        if self._parts.signs_batches:
+            messages = sign_batch(messages, [self._stamp() for _ in messages])
+        for kind, message in zip((TxKind.ANOMALY, TxKind.EVIDENCE, TxKind.POLICY), messages, strict=False):
+            sent = await self._send(kind, detection.entity, message)
+            if kind is TxKind.POLICY:
+                policy_digest = Transaction(kind, sent).digest
         self.counts.anomalies += 1
         self._remember(anomaly_id)
         self._log.info(
@@ -281,6 +291,9 @@ class AiRole:
         """Publish a message and return its bytes; what could not leave for two minutes is signed anew, or it would be stale."""
         topic = self._parts.topics.of_kind(kind)
         while True:
+            if self._parts.clock.wall_ms() > 1000 * (message.ts + SIGN_ANEW_S):  # it waited for those before it
+                self.counts.signed_anew += 1
+                message = sign(message, self._stamp())
             value = codec.encode(message)
             if not topic:
                 return value

@@ -209,6 +209,7 @@ async def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
             pipeline=detector.pipeline,
             model_version=detector.version,
             upkeep=detector.upkeep,
+            signs_batches=settings.signing.batches,
         )
     )
 

@@ -39,6 +39,7 @@ class AnomalyEvent(_message.Message):
     SIGNATURE_FIELD_NUMBER: _builtins.int
     PUBKEY_FIELD_NUMBER: _builtins.int
     ALG_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """at most 128 bytes"""
     type: _builtins.str
@@ -62,6 +63,8 @@ class AnomalyEvent(_message.Message):
     pubkey: _builtins.bytes
     alg: _builtins.str
     """"Ed25519" """
+    batch: _builtins.bytes
+    """ours: index u32 || size u32 || Merkle path, when the signature is that of a batch"""
     def __init__(
         self,
         *,
@@ -79,10 +82,11 @@ class AnomalyEvent(_message.Message):
         signature: _builtins.bytes = ...,
         pubkey: _builtins.bytes = ...,
         alg: _builtins.str = ...,
+        batch: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alg", b"alg", "confidence", b"confidence", "content_hash", b"content_hash", "id", b"id", "model_version", b"model_version", "nonce", b"nonce", "payload", b"payload", "producer_id", b"producer_id", "pubkey", b"pubkey", "severity", b"severity", "signature", b"signature", "source", b"source", "ts", b"ts", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alg", b"alg", "batch", b"batch", "confidence", b"confidence", "content_hash", b"content_hash", "id", b"id", "model_version", b"model_version", "nonce", b"nonce", "payload", b"payload", "producer_id", b"producer_id", "pubkey", b"pubkey", "severity", b"severity", "signature", b"signature", "source", b"source", "ts", b"ts", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -134,6 +138,7 @@ class EvidenceEvent(_message.Message):
     SIGNATURE_FIELD_NUMBER: _builtins.int
     PUBKEY_FIELD_NUMBER: _builtins.int
     ALG_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     evidence_type: _builtins.str
     proof_blob: _builtins.bytes
@@ -146,6 +151,8 @@ class EvidenceEvent(_message.Message):
     signature: _builtins.bytes
     pubkey: _builtins.bytes
     alg: _builtins.str
+    batch: _builtins.bytes
+    """ours: index u32 || size u32 || Merkle path, when the signature is that of a batch"""
     @_builtins.property
     def refs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """digests of 32 bytes, at most 1000"""
@@ -169,10 +176,11 @@ class EvidenceEvent(_message.Message):
         signature: _builtins.bytes = ...,
         pubkey: _builtins.bytes = ...,
         alg: _builtins.str = ...,
+        batch: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alg", b"alg", "coc", b"coc", "content_hash", b"content_hash", "evidence_type", b"evidence_type", "id", b"id", "nonce", b"nonce", "producer_id", b"producer_id", "proof_blob", b"proof_blob", "pubkey", b"pubkey", "refs", b"refs", "signature", b"signature", "ts", b"ts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alg", b"alg", "batch", b"batch", "coc", b"coc", "content_hash", b"content_hash", "evidence_type", b"evidence_type", "id", b"id", "nonce", b"nonce", "producer_id", b"producer_id", "proof_blob", b"proof_blob", "pubkey", b"pubkey", "refs", b"refs", "signature", b"signature", "ts", b"ts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -193,6 +201,7 @@ class PolicyEvent(_message.Message):
     SIGNATURE_FIELD_NUMBER: _builtins.int
     PUBKEY_FIELD_NUMBER: _builtins.int
     ALG_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     action: _builtins.str
     rule: _builtins.str
@@ -206,6 +215,8 @@ class PolicyEvent(_message.Message):
     signature: _builtins.bytes
     pubkey: _builtins.bytes
     alg: _builtins.str
+    batch: _builtins.bytes
+    """ours: index u32 || size u32 || Merkle path, when the signature is that of a batch"""
     def __init__(
         self,
         *,
@@ -220,10 +231,11 @@ class PolicyEvent(_message.Message):
         signature: _builtins.bytes = ...,
         pubkey: _builtins.bytes = ...,
         alg: _builtins.str = ...,
+        batch: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "alg", b"alg", "content_hash", b"content_hash", "id", b"id", "nonce", b"nonce", "params", b"params", "producer_id", b"producer_id", "pubkey", b"pubkey", "rule", b"rule", "signature", b"signature", "ts", b"ts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "alg", b"alg", "batch", b"batch", "content_hash", b"content_hash", "id", b"id", "nonce", b"nonce", "params", b"params", "producer_id", b"producer_id", "pubkey", b"pubkey", "rule", b"rule", "signature", b"signature", "ts", b"ts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

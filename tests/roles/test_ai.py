@@ -11,7 +11,7 @@ import pytest
 from cybermesh.envelope.intrinsic import verify_intrinsic
 from cybermesh.envelope.nonces import NonceSource
 from cybermesh.keystore import FileCounters
-from cybermesh.messages import TxKind
+from cybermesh.messages import Anomaly, TxKind
 from cybermesh.roles import ai
 from cybermesh.roles.ai import AiRole, Parts
 from cybermesh.roles.detection import OpenDetector, open_detector
@@ -114,3 +114,24 @@ async def test_detections_go_out_in_order_through_a_bus_that_was_away_and_positi
     assert positions
     assert positions[-1][0]
     assert [count for _, count in positions] == sorted(count for _, count in positions)
+
+
+async def test_the_messages_of_a_detection_can_share_one_signature(alone: Site, tmp_path: Path) -> None:
+    published: list[str | None] = []
+    detector = open_detector()
+    source = open_source(CAPTURE)
+    with FileCounters(tmp_path / "ai.nonces") as counters:
+        made = parts(alone, counters, detector, source, Nowhere())
+        role = AiRole(replace(made, signs_batches=True, on_published=lambda found: published.append(found.policy_id)))
+        async with alone.running(1), asyncio.TaskGroup() as group:
+            task = group.create_task(role.run(), name="ai")
+            await alone.until(role.finished.is_set, limit_s=20)
+            task.cancel()
+            sent = 2 * len(published) + sum(policy_id is not None for policy_id in published)
+            await alone.until(lambda: 1 in alone.roles and alone.roles[1].messages.admitted == sent)
+    source.close()
+    assert not alone.roles[1].messages.refused
+    (first, *_) = await alone.records(TOPICS.ai_anomalies, 1)
+    message = decode_signed(TxKind.ANOMALY, first.value)
+    assert isinstance(message, Anomaly)
+    assert message.batch
