@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cybermesh import config
+from cybermesh.bus.topics import Topics
 from cybermesh.config import ConfigError, load
 
 
@@ -52,6 +53,54 @@ SEED_VALUES = {
     "CONTROL_POLICY_SIGNING_DOMAIN": ("d2", "d2"),
     **{name: ("renamed.v9", "renamed.v9") for name in config.ENVIRONMENT_NAMES if name.startswith("TOPIC_")},
 }
+
+
+# Word by word, so that none can go missing: users' units and manifests hold them.
+PROMISED_NAMES = [
+    "NODE_ID",
+    "ENVIRONMENT",
+    "KAFKA_BROKERS",
+    "KAFKA_CONSUMER_GROUP_ID",
+    "KAFKA_TLS_ENABLED",
+    "KAFKA_PRODUCER_IDEMPOTENT",
+    "KAFKA_COMPRESSION",
+    "KAFKA_SASL_MECHANISM",
+    "KAFKA_SASL_USERNAME",
+    "KAFKA_SASL_PASSWORD",
+    "KAFKA_SASL_PASSWORD_FILE",
+    "TELEMETRY_BATCH_SIZE",
+    "CONTROL_SIGNING_DOMAIN",
+    "CONTROL_POLICY_SIGNING_DOMAIN",
+    "TOPIC_TELEMETRY_FEATURES",
+    "TOPIC_AI_ANOMALIES",
+    "TOPIC_AI_EVIDENCE",
+    "TOPIC_AI_POLICY",
+    "TOPIC_CONTROL_OPERATOR",
+    "TOPIC_CONTROL_COMMITS",
+    "TOPIC_CONTROL_POLICY",
+    "TOPIC_CONTROL_POLICY_ACK",
+    "TOPIC_AI_DLQ",
+]
+
+
+def test_the_promised_environment_names_are_those_there_are() -> None:
+    assert sorted(config.ENVIRONMENT_NAMES) == sorted(PROMISED_NAMES)
+
+
+@pytest.mark.parametrize(
+    "name", ["TOPIC_TELEMETRY_FEATURES", "TOPIC_AI_EVIDENCE", "TOPIC_AI_POLICY", "TOPIC_CONTROL_POLICY_ACK", "TOPIC_AI_DLQ"]
+)
+def test_an_empty_name_switches_an_optional_topic_off(name: str) -> None:
+    _, key = config.ENVIRONMENT_NAMES[name].split(".")
+    assert getattr(Topics(**load(environ={name: ""}).settings.topics.model_dump()), key) == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["TOPIC_AI_ANOMALIES", "TOPIC_CONTROL_OPERATOR", "TOPIC_CONTROL_COMMITS", "TOPIC_CONTROL_POLICY"]
+)
+def test_the_other_topics_cannot_be_switched_off(name: str) -> None:
+    with pytest.raises(ConfigError, match=config.ENVIRONMENT_NAMES[name]):
+        load(environ={name: ""})
 
 
 @pytest.mark.parametrize("name", sorted(set(config.ENVIRONMENT_NAMES) - {"KAFKA_SASL_PASSWORD"}))
