@@ -179,6 +179,9 @@ class _Later:
         assert self.member is not None
         return await self.member.blocks(from_height, count_max)
 
+    async def epoch_end(self, epoch: int) -> None:
+        """No epoch ends here."""
+
     async def on_commit(self, commit: Commit[NullState]) -> None:
         assert self.member is not None
         await self.member.on_commit(commit)
@@ -317,6 +320,7 @@ async def main() -> None:
         members = bench.members(addresses)
         began = time.monotonic()
         async with asyncio.TaskGroup() as group:
+            running: list[asyncio.Task[Any]]
             running = [group.create_task(each.transport.run(), name=f"transport {each.index}") for each in members]
             running += [group.create_task(each.driver.run(), name=f"validator {each.index}") for each in members]
             for member in members:

@@ -30,7 +30,8 @@ class Execution(Generic[S]):
     """Result of executing one block on its parent's state.
 
     ``state_root`` (32 bytes) and ``decision_seq`` go into the header; ``has_payload`` is true when the block holds transactions
-    or caused system receipts; ``outcome`` is handed to whoever learns of the commit, unread by consensus.
+    or caused system receipts; ``outcome`` is handed to whoever learns of the commit, unread by consensus. ``next_committee``
+    (public keys of 32 bytes, all different) is given by the one block that ends the epoch.
     """
 
     state: S
@@ -38,6 +39,7 @@ class Execution(Generic[S]):
     decision_seq: int
     has_payload: bool
     outcome: object
+    next_committee: tuple[bytes, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 R5 commit   a certificate whose round follows its parent's commits the parent and every uncommitted ancestor, oldest first,
             each exactly once, without gaps in height.
+R12 epoch   such a commit stops at the block that ends the epoch; what was built on it is dropped.
 Only executed blocks live here, a parent always before its children. The tree is bounded: what does not descend from a newly
 committed block goes, and so do side branches of rounds long past.
 """
@@ -30,7 +31,7 @@ class Node(Generic[S]):
 
 @dataclass(frozen=True, slots=True)
 class Position(Generic[S]):
-    """What a child needs to know of its parent, be it a block or the root."""
+    """What a child needs to know of its parent, be it a block or the root; ``ended`` when it may not change the state (R12)."""
 
     hash: BlockHash
     round: Round
@@ -38,6 +39,7 @@ class Position(Generic[S]):
     time_ms: int
     state: S
     due_ms: int | None
+    ended: Execution[S] | None = None
 
 
 class BlockTree(Generic[S]):
@@ -83,10 +85,15 @@ class BlockTree(Generic[S]):
         return path
 
     def commit(self, block_hash: BlockHash) -> list[Node[S]]:
-        """Make the block the root and return what that commits, oldest first; nothing if it is the root or unknown (R5)."""
+        """Make the block, or the epoch's last one below it (R12), the root and return what that commits, oldest first (R5).
+
+        Nothing if the block is the root or unknown.
+        """
         path = self.path(block_hash)
         if not path:
             return []
+        ends = [count for count, node in enumerate(path, start=1) if node.execution.next_committee is not None]
+        path = path[: ends[0]] if ends else path
         assert path[0].block.header.parent_hash == self._root.hash
         heights = [node.block.height for node in path]
         assert heights == list(range(self._root.height + 1, self._root.height + 1 + len(path)))
@@ -118,4 +125,5 @@ class BlockTree(Generic[S]):
 
 def _position(node: Node[S]) -> Position[S]:
     header = node.block.header
-    return Position(header.hash, header.round, header.height, header.time_ms, node.execution.state, node.due_ms)
+    ended = None if node.execution.next_committee is None else node.execution
+    return Position(header.hash, header.round, header.height, header.time_ms, node.execution.state, node.due_ms, ended)

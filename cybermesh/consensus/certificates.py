@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -124,12 +124,16 @@ class CertificateVerifier:
             return "round"
         return body_fault(block) or self._signature_fault(block)
 
-    def certified_fault(self, block: Block, certificate: QuorumCert) -> str | None:
-        """Return why ``certificate`` does not vouch for this very block; its header needs no other check then."""
+    def certified_fault(self, block: Block, certificate: QuorumCert, above: Sequence[Header] = ()) -> str | None:
+        """Return why ``certificate`` does not vouch for this very block; its header needs no other check then.
+
+        It is over the block, or commits it: then the headers ``above`` lead from the block to the certificate's parent.
+        """
         header = block.header
         if header.version != PROTOCOL_VERSION or header.chain_id != self._committee.chain_id:
             return "chain"
-        if certificate.block_hash != header.hash or not self.is_valid_quorum_cert(certificate):
+        vouched = certificate.block_hash == header.hash or commits(header, above, certificate)
+        if not vouched or not self.is_valid_quorum_cert(certificate):
             return "certificate"
         return body_fault(block) or self._signature_fault(block)
 
@@ -210,6 +214,13 @@ class CertificateVerifier:
 
 def _voted_for(vote: Vote) -> tuple[bytes, int, bytes]:
     return vote.block_hash, vote.parent_round, vote.parent_hash
+
+
+def commits(header: Header, above: Sequence[Header], certificate: QuorumCert) -> bool:
+    """Return whether the certificate, if it is valid, commits the block, by way of the headers above it."""
+    chain = [header, *above]
+    is_linked = all(child.parent_hash == parent.hash for parent, child in itertools.pairwise(chain))
+    return is_linked and certificate.proves_parent and certificate.parent_hash == chain[-1].hash
 
 
 def body_fault(block: Block) -> str | None:

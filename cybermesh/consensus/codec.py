@@ -46,6 +46,7 @@ from cybermesh.wire import consensus_pb2 as pb
 MESSAGE_BYTES_MAX: Final = 8 * 1024 * 1024
 PAYLOAD_COUNT_MAX: Final = 5_000
 BLOCKS_MAX: Final = 256
+HEADERS_MAX: Final = 4_096
 _ROUND_MAX: Final = 2**63
 
 W = TypeVar("W", bound=Wire)
@@ -74,9 +75,10 @@ def encode_message(message: WireMessage) -> bytes:
             frame.sync.CopyFrom(_sync_out(message))
         case GetBlocks(epoch, from_height, wanted):
             frame.get_blocks.CopyFrom(pb.GetBlocks(epoch=epoch, from_height=from_height, wanted=wanted))
-        case Blocks(epoch, blocks, certificate):
+        case Blocks(epoch, blocks, certificate, headers):
             inner = [_block_out(block) for block in blocks]
-            frame.blocks.CopyFrom(pb.Blocks(epoch=epoch, blocks=inner, certificate=_qc_out(certificate)))
+            above = [header.encode() for header in headers]
+            frame.blocks.CopyFrom(pb.Blocks(epoch=epoch, blocks=inner, certificate=_qc_out(certificate), headers=above))
         case Forward(epoch, round_, transaction):
             frame.forward.CopyFrom(pb.Forward(epoch=epoch, round=round_, transaction=transaction))
         case _:
@@ -405,7 +407,10 @@ def _digests(data: bytes) -> tuple[bytes, ...]:
 def _blocks_in(wire: pb.Blocks) -> Blocks:
     if not 1 <= len(wire.blocks) <= BLOCKS_MAX:
         raise MalformedError(f"blocks: {len(wire.blocks)}, at least 1 and at most {BLOCKS_MAX}")
-    return Blocks(wire.epoch, tuple(_block_in(block) for block in wire.blocks), _qc_in(wire.certificate))
+    if len(wire.headers) > HEADERS_MAX:
+        raise MalformedError(f"blocks: {len(wire.headers)} headers, at most {HEADERS_MAX}")
+    headers = tuple(Header.decode(header) for header in wire.headers)
+    return Blocks(wire.epoch, tuple(_block_in(block) for block in wire.blocks), _qc_in(wire.certificate), headers)
 
 
 def _sync_in(wire: pb.Sync) -> Sync:

@@ -29,15 +29,21 @@ def quorum(n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Committee:
-    """The validators of one epoch, numbered in order of their public keys (32 bytes each)."""
+    """The validators of one epoch, numbered in order of their public keys (32 bytes each).
+
+    ``last_block`` is the hash of the block that ended the epoch before, None in the first epoch.
+    """
 
     chain_id: bytes
     epoch: int
     public_keys: tuple[bytes, ...]
     quorum: int
+    last_block: bytes | None = None
 
     @classmethod
-    def of(cls, chain_id: bytes, public_keys: Iterable[bytes], *, epoch: int = FIRST_EPOCH) -> Committee:
+    def of(
+        cls, chain_id: bytes, public_keys: Iterable[bytes], *, epoch: int = FIRST_EPOCH, last_block: bytes | None = None
+    ) -> Committee:
         """Return the committee of these keys, whatever order they come in.
 
         Raises:
@@ -48,7 +54,15 @@ class Committee:
             raise ValueError(f"a committee has 1 to {COMMITTEE_MAX} validators, not {len(keys)}")
         if len(set(keys)) != len(keys) or any(len(key) != 32 for key in keys):
             raise ValueError("the validators of a committee have different public keys of 32 bytes")
-        return cls(chain_id, epoch, keys, quorum(len(keys)))
+        return cls(chain_id, epoch, keys, quorum(len(keys)), last_block)
+
+    def successor(self, public_keys: Iterable[bytes], last_block: bytes) -> Committee:
+        """Return the committee of the next epoch, which begins after ``last_block``.
+
+        Raises:
+            ValueError: like ``of``.
+        """
+        return Committee.of(self.chain_id, public_keys, epoch=self.epoch + 1, last_block=last_block)
 
     @property
     def n(self) -> int:
@@ -69,7 +83,7 @@ class Committee:
 
         It is never derived from a certificate: certificates of one block are not unique.
         """
-        root = self.chain_id if last_block is None else last_block
+        root = last_block or self.last_block or self.chain_id
         keys = b"".join(self.public_keys)
         return BlockHash(hashlib.sha256(_GENESIS_DOMAIN + root + self.epoch.to_bytes(4, "big") + keys).digest())
 

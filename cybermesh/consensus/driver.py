@@ -9,6 +9,8 @@ Rules:
   they are repeated.
 * Commits are handed over oldest first and each at least once: after a restart the newest may come again, the store compares
   heights. The journal forgets a block only after its commit was taken.
+* A driver serves one epoch. It ends when the epoch's last block is durable, and tells the committee that takes over; the next
+  one begins with an empty memory of what was signed, which is durable before it signs (R12).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar, assert_never
 
 from cybermesh.consensus.codec import WireMessage, decode_message, encode_message
+from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.courier import Courier
 from cybermesh.consensus.events import (
     Accuse,
@@ -37,6 +40,7 @@ from cybermesh.consensus.events import (
     SafetyRecord,
     Send,
     ServeBlocks,
+    ServeEpoch,
     Started,
     StopVoting,
     Tick,
@@ -45,7 +49,7 @@ from cybermesh.consensus.journal import JournalError
 from cybermesh.consensus.mempool import Admission, PendingTransaction
 from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.replica import Replica
-from cybermesh.consensus.sync import ANSWER_BLOCKS_MAX, splice
+from cybermesh.consensus.sync import ANSWER_BLOCKS_MAX, lead_on, splice
 from cybermesh.consensus.transport import Kind, Transport
 from cybermesh.consensus.types import (
     Block,
@@ -54,11 +58,14 @@ from cybermesh.consensus.types import (
     Forward,
     GetBlocks,
     GetPayload,
+    Header,
     Height,
     MalformedError,
     Message,
     Payload,
     Proposal,
+    QuorumCert,
+    Round,
     Sync,
     Timeout,
     Vote,
@@ -117,6 +124,13 @@ class BlockSource(Protocol):
         """Return consecutive committed blocks from a height on, lowest first, as many as there are up to ``count_max``."""
         ...
 
+    async def epoch_end(self, epoch: int) -> tuple[Sequence[Header], QuorumCert] | None:
+        """Return the proof that an epoch has ended, None if it has not.
+
+        The headers lead from the epoch's last block to the parent of the certificate that committed it.
+        """
+        ...
+
 
 class QuickOrThreaded:
     """Does blocking work in place while it usually takes less than handing it to a thread and back, else in a thread.
@@ -160,6 +174,14 @@ class Shell(Generic[S]):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class EpochEnd(Generic[S]):
+    """Who takes over, and from where; ``root`` is the state after the epoch's last block, which the store has."""
+
+    committee: Committee
+    root: Root[S]
+
+
 @dataclass(slots=True)
 class Counters:
     """What the driver has seen and done since it was made; ``refused`` counts by (validator, reason)."""
@@ -196,7 +218,9 @@ class Driver(Generic[S]):
         self._shell = shell
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
         self._commits: asyncio.Queue[Commit[S]] = asyncio.Queue(_HAND_OVER_MAX)
-        self._requests: asyncio.Queue[ServeBlocks] = asyncio.Queue(_SERVE_MAX)
+        self._requests: asyncio.Queue[ServeBlocks | ServeEpoch] = asyncio.Queue(_SERVE_MAX)
+        self._over = asyncio.Event()
+        self._end: EpochEnd[S] | None = None
         self._served: set[int] = set()
         self._courier = Courier(parts.mempool)
         self._room = asyncio.Event()
@@ -235,21 +259,31 @@ class Driver(Generic[S]):
             problem = f"waiting for {replica.waiting_for}"
         return Status(replica.round, replica.leader, replica.root.height, replica.high_qc.round, waiting, problem)
 
-    async def run(self) -> None:
-        """Take part in consensus until cancelled.
+    async def run(self) -> EpochEnd[S]:
+        """Take part in consensus until cancelled, or until the epoch has ended.
 
         Raises:
             HaltedError: inside an exception group, when the node computes another state than a quorum did.
         """
         name = f"consensus-{self._parts.index}"
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._own_replica(), name=f"{name}-replica")
-            group.create_task(self._receive(), name=f"{name}-receive")
-            group.create_task(self._hand_over(), name=f"{name}-commits")
-            group.create_task(self._serve(), name=f"{name}-blocks")
+            tasks = [
+                group.create_task(self._own_replica(), name=f"{name}-replica"),
+                group.create_task(self._receive(), name=f"{name}-receive"),
+                group.create_task(self._hand_over(), name=f"{name}-commits"),
+                group.create_task(self._serve(), name=f"{name}-blocks"),
+            ]
+            await self._over.wait()
+            for task in tasks:
+                task.cancel()
+        assert self._end is not None
+        return self._end
 
     async def _own_replica(self) -> None:
         journal = self._shell.journal
+        record = journal.load()
+        if record.epoch < self._parts.committee.epoch:
+            await self._write(SafetyRecord.fresh(self._root.certificate, boot=record.boot), ())
         blocks = journal.blocks(self._root.height)
         replica = Replica(self._parts, self._root, journal.load(), self._now(), blocks)
         self._replica = replica
@@ -337,9 +371,9 @@ class Driver(Generic[S]):
                 case _:
                     self._note(effect)
 
-    def _note(self, effect: ServeBlocks | Refuse | Accuse | StopVoting | Halt) -> None:
+    def _note(self, effect: ServeBlocks | ServeEpoch | Refuse | Accuse | StopVoting | Halt) -> None:
         match effect:
-            case ServeBlocks():
+            case ServeBlocks() | ServeEpoch():
                 if self._requests.full() or effect.to in self._served:
                     self.counters.unserved += 1
                 else:
@@ -387,13 +421,37 @@ class Driver(Generic[S]):
             await self._shell.on_commit(commit)
             self._shell.journal.prune(commit.blocks[-1].block.height)
             self._room.set()
+            if commit.next_committee is not None:
+                self._end = _end_of(commit, commit.next_committee, self._parts.committee)
+                self._over.set()
 
     async def _serve(self) -> None:
         while True:
             request = await self._requests.get()
-            count = min(request.stored_to - request.from_height + 1, ANSWER_BLOCKS_MAX + 1)
-            stored = await self._shell.source.blocks(request.from_height, count) if count > 0 else ()
-            answer = splice(self._parts.committee.epoch, request, stored)
+            if isinstance(request, ServeBlocks):
+                stored = await self._stored(request.from_height, request.stored_to)
+                answer = splice(self._parts.committee.epoch, request, stored)
+            else:
+                answer = await self._lead_on(request)
             if answer is not None:
                 self._send([request.to], answer)
             self._served.discard(request.to)
+
+    async def _lead_on(self, request: ServeEpoch) -> Blocks | None:
+        end = await self._shell.source.epoch_end(request.epoch)
+        if end is None:
+            return None
+        return lead_on(request, await self._stored(request.from_height, end[0][0].height), end)
+
+    async def _stored(self, from_height: int, to_height: int) -> Sequence[Block]:
+        """Return blocks of a range of heights, one more than an answer holds at most."""
+        count = min(to_height - from_height + 1, ANSWER_BLOCKS_MAX + 1)
+        return await self._shell.source.blocks(from_height, count) if count > 0 else ()
+
+
+def _end_of(commit: Commit[S], keys: Sequence[bytes], committee: Committee) -> EpochEnd[S]:
+    last = commit.blocks[-1]
+    successor = committee.successor(keys, last.block.hash)
+    certificate, header = successor.genesis_cert(), last.block.header
+    root = Root(certificate.block_hash, Round(0), header.height, header.time_ms, last.execution.state, certificate)
+    return EpochEnd(successor, root)

@@ -13,6 +13,7 @@ from cybermesh.consensus.application import Execution
 from cybermesh.consensus.types import (
     Block,
     Evidence,
+    Header,
     Height,
     Message,
     QuorumCert,
@@ -125,11 +126,19 @@ class CommittedBlock(Generic[S]):
 class Commit(Generic[S]):
     """Consecutive blocks, oldest first, committed by one certificate, whose parent is the last of them.
 
-    The headers of the later blocks lead from an earlier one to the certificate: that is its proof of commit.
+    The headers of the later blocks lead from an earlier one to the certificate: that is its proof of commit. The last block of
+    an epoch names the ``next_committee``; where rounds were skipped behind it, the headers of the dropped blocks in ``suffix``
+    lead on to the certificate's parent.
     """
 
     blocks: tuple[CommittedBlock[S], ...]
     certificate: QuorumCert
+    suffix: tuple[Header, ...] = ()
+
+    @property
+    def next_committee(self) -> tuple[bytes, ...] | None:
+        """Who takes over after the last block, None within an epoch."""
+        return self.blocks[-1].execution.next_committee
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +153,15 @@ class ServeBlocks:
     stored_to: Height
     tail: tuple[Block, ...]
     certificate: QuorumCert
+
+
+@dataclass(frozen=True, slots=True)
+class ServeEpoch:
+    """Lead ``to``, which is in an epoch that has ended, from a height on towards the end of that epoch."""
+
+    to: int
+    epoch: int
+    from_height: Height
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,4 +193,4 @@ class Halt:
     reason: str
 
 
-Effect = Persist | Send | Broadcast | Commit[S] | ServeBlocks | Accuse | Refuse | StopVoting | Halt
+Effect = Persist | Send | Broadcast | Commit[S] | ServeBlocks | ServeEpoch | Accuse | Refuse | StopVoting | Halt

@@ -6,6 +6,7 @@ signatures of transactions not admitted before, then the execution, whose roots 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
@@ -45,12 +46,14 @@ def judge(application: Application[S], mempool: Mempool, parent: Position[S], bl
     context = BlockContext(header.epoch, header.height, header.time_ms)
     digests = [tx_digest(transaction) for transaction in block.payload]
     has_repetition = len(set(digests)) < len(digests)
-    if has_repetition or not application.is_within_limits(parent.state, context, block.payload):
+    if has_repetition or not (parent.ended or application.is_within_limits(parent.state, context, block.payload)):
         return "limits"
+    if parent.ended and block.payload:
+        return "epoch"
     for digest, transaction in zip(digests, block.payload, strict=True):
         if digest not in mempool and not application.is_valid(transaction):
             return "transaction"
-    execution = application.execute(parent.state, context, block.payload)
+    execution = _execute(application, parent, context, block.payload)
     if execution is None:
         return "execution"
     if (execution.state_root, execution.decision_seq) != (header.state_root, header.decision_seq):
@@ -58,11 +61,20 @@ def judge(application: Application[S], mempool: Mempool, parent: Position[S], bl
     return Node(block, execution, frozenset(digests), application.next_due_ms(execution.state))
 
 
+def _execute(
+    application: Application[S], parent: Position[S], context: BlockContext, payload: tuple[bytes, ...]
+) -> Execution[S] | None:
+    """Execute a block; above the end of an epoch nothing happens any more (R12)."""
+    if parent.ended is None:
+        return application.execute(parent.state, context, payload)
+    return dataclasses.replace(parent.ended, has_payload=False, outcome=None)
+
+
 def choose(
     application: Application[S], mempool: Mempool, parent: Position[S], context: BlockContext, exclude: Set[bytes]
 ) -> tuple[bytes, ...]:
     """Return the transactions to propose; what the application refuses leaves the mempool."""
-    while True:
+    while parent.ended is None:
         candidates = mempool.candidates(count_max=PROPOSAL_COUNT_MAX, bytes_max=PROPOSAL_BYTES_MAX, exclude=exclude)
         if not candidates:
             return ()
@@ -71,6 +83,7 @@ def choose(
         mempool.remove([digest_of[refused] for refused in selection.refused])
         if selection.payload or not selection.refused:
             return selection.payload
+    return ()
 
 
 def oldest_worthy(
@@ -100,7 +113,7 @@ class Draft:
 def compose(application: Application[S], parent: Position[S], draft: Draft) -> tuple[Header, Execution[S]]:
     """Execute what is to be proposed and return the header that commits to the result."""
     committee, context, qc, tc = draft.committee, draft.context, draft.qc, draft.tc
-    execution = application.execute(parent.state, context, draft.payload)
+    execution = _execute(application, parent, context, draft.payload)
     assert execution is not None, "an application must be able to execute what it selected"
     header = Header(
         PROTOCOL_VERSION, committee.chain_id, committee.epoch, draft.round, Height(context.height), draft.author,
@@ -127,6 +140,13 @@ class Outlook:
     has_payload: bool
     has_transactions: bool
     due_ms: int | None
+
+    def waits_from(self, now: Now, heartbeat_at: int) -> int:
+        """Return since or from when a proposal is waited for, on the clock that never jumps (R7)."""
+        if self.has_payload or self.has_transactions:
+            return now.mono_ms
+        due_at, idle_until = self.due_at(now), max(now.mono_ms, heartbeat_at)
+        return idle_until if due_at is None else min(due_at, idle_until)
 
     def due_at(self, now: Now) -> int | None:
         """Return when the next time-driven effect falls due, on the clock that never jumps."""

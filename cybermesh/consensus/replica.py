@@ -13,6 +13,7 @@ R7  idle      a leader proposes when it has transactions, when an uncommitted an
               is due, when somebody waits, else when the heartbeat is due. The same conditions start the round timer. A
               transaction that sees no proposal for a while is sent to all, once per round.
 R8  time      block time never falls; a voter refuses what is more than 10 s ahead of its clock and holds nothing back.
+R12 epoch   blocktree.py; the replica of an epoch does nothing more after it. Whoever is in an earlier epoch is led to its end.
 R10 start     safety.py; a node that starts asks all where they stand and signs nothing before a quorum, itself included, told.
 """
 
@@ -22,15 +23,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Generic, TypeVar, assert_never
 
-from cybermesh.consensus.application import BlockContext
-from cybermesh.consensus.blocktree import BlockTree, Position
+from cybermesh.consensus.blocktree import Position
 from cybermesh.consensus.certificates import CertificateVerifier
+from cybermesh.consensus.chain import Chain
 from cybermesh.consensus.collector import Collector
 from cybermesh.consensus.events import (
     Accuse,
     Broadcast,
-    Commit,
-    CommittedBlock,
     Connected,
     Effect,
     Event,
@@ -42,17 +41,19 @@ from cybermesh.consensus.events import (
     SafetyRecord,
     Send,
     ServeBlocks,
+    ServeEpoch,
     Started,
     StopVoting,
     Tick,
 )
-from cybermesh.consensus.execution import Draft, Horizon, Outlook, choose, compose, judge, node_of, oldest_worthy
+from cybermesh.consensus.execution import Draft, Outlook
 from cybermesh.consensus.pacemaker import Pacemaker
 from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.safety import SafetyRules
 from cybermesh.consensus.sync import CatchUp, Muster, PeerLimit, with_certificates
 from cybermesh.consensus.types import (
     Block,
+    BlockHash,
     Blocks,
     Evidence,
     Forward,
@@ -83,8 +84,8 @@ class Replica(Generic[S]):
         self._verifier = CertificateVerifier(parts.committee, parts.check, parts.committee.genesis_cert())
         signer = None if parts.signer is None else self._verifier.remembering(parts.signer, parts.index)
         self._safety = SafetyRules(parts.committee, parts.index, signer, record)
-        self._tree = BlockTree(root, self._app.next_due_ms(root.state))
-        self._committed: deque[Header] = deque(root.recent, maxlen=parts.leaders.window)
+        self._chain = Chain(parts, root)
+        self._tree = self._chain.tree
         self._high_qc = max(record.high_qc, root.certificate, key=lambda qc: qc.round)
         self._held_qc = root.certificate
         self._last_tc = record.last_tc
@@ -100,16 +101,12 @@ class Replica(Generic[S]):
         self._urge_limit = PeerLimit(timing.base_ms)
         self._forward_limit = PeerLimit(timing.forward_ms // 2)
         self._muster = Muster(parts.committee.quorum, parts.index, now.mono_ms)
-        self._is_judged = False
-        self._is_urged = False
-        self._has_given_up = False
-        self._horizon: Horizon[S] = Horizon(self._tree, parts.mempool)
+        self._is_judged = self._is_urged = self._has_given_up = self._is_over = False
+        self._ahead: set[int] = set()
         self._now = now
         self._effects: list[Effect[S]] = []
         self._own: deque[Message] = deque()
-        for block in sorted(journal, key=lambda each: each.round):
-            if block.header.parent_hash in self._tree and block.hash not in self._tree:
-                self._add(block)
+        self._chain.restore(journal)
 
     # What the shell sees
 
@@ -149,6 +146,8 @@ class Replica(Generic[S]):
         """Take one event and return what to do, in order."""
         self._now = now
         self._effects = []
+        if self._is_over:
+            return []
         match event:
             case Received(sender, message):
                 self._receive(sender, message)
@@ -161,7 +160,7 @@ class Replica(Generic[S]):
             case _:
                 assert_never(event)
         self._tend()
-        while self._own:
+        while self._own and not self._is_over:
             self._receive(self._index, self._own.popleft())
             if not self._own:
                 self._tend()
@@ -170,6 +169,8 @@ class Replica(Generic[S]):
     def wake_ms(self) -> int | None:
         """Return when, on the clock that never jumps, a ``Tick`` is needed; None if only an event can change anything."""
         pacemaker = self._pacemaker
+        if self._is_over:
+            return None
         times = [pacemaker.deadline, pacemaker.forward_at, self._catch_up.next_at]
         if not self._safety.is_open:
             times.append(self._muster.ask_at)
@@ -183,7 +184,7 @@ class Replica(Generic[S]):
     def _receive(self, sender: int, message: Message) -> None:
         epoch = message.header.epoch if isinstance(message, Block) else message.epoch
         if epoch != self._committee.epoch:
-            self._is_refused(sender, "epoch")
+            self._on_other_epoch(sender, epoch, message)
             return
         match message:
             case Vote():
@@ -202,6 +203,17 @@ class Replica(Generic[S]):
                 self._on_forward(sender, message)
             case _:
                 assert_never(message)
+
+    def _on_other_epoch(self, sender: int, epoch: int, message: Message) -> None:
+        """Lead whoever is in an ended epoch on (R12); one that is ahead will do the same for this node."""
+        if epoch < self._committee.epoch and isinstance(message, Sync):
+            if self._blocks_limit.allows(sender, self._now.mono_ms):
+                self._effects.append(ServeEpoch(sender, epoch, Height(message.committed_height + 1)))
+            return
+        self._is_refused(sender, "epoch")
+        if epoch > self._committee.epoch:
+            self._ahead.add(sender)
+            self._help(sender)
 
     def _on_proposal(self, sender: int, block: Block) -> None:
         if self._collector.knows_proposal(block):
@@ -278,14 +290,16 @@ class Replica(Generic[S]):
             self._effects.append(ServeBlocks(sender, request.from_height, self.root.height, tail, self._held_qc))
 
     def _on_blocks(self, sender: int, answer: Blocks) -> None:
-        if sender != self._catch_up.asked:
+        is_asked = sender == self._catch_up.asked
+        if not is_asked and sender not in self._ahead:
             self._is_refused(sender, "unasked blocks")
             return
         has_grown = False
         for block, certificate in with_certificates(answer, self._high_qc):
             if block.height <= self.root.height or block.hash in self._tree:
                 continue
-            fault = self._verifier.certified_fault(block, certificate)
+            above = answer.headers if block is answer.blocks[-1] else ()
+            fault = self._verifier.certified_fault(block, certificate, above)
             if fault is None and block.header.parent_hash not in self._tree:
                 fault = "parent"
             if self._is_refused(sender, fault):
@@ -293,10 +307,15 @@ class Replica(Generic[S]):
             self._learn_qc(block.qc)
             if not self._add_certified(block):
                 return
-            self._learn_qc(certificate)
+            if certificate.block_hash != block.hash:
+                self._commit(certificate, block.hash, above)
+            else:
+                self._learn_qc(certificate)
             has_grown = True
-        if has_grown:
+        if has_grown and is_asked:
             self._catch_up.go_on(self._now.mono_ms)
+        elif has_grown:
+            self._effects.append(Send(sender, self._where_i_stand(wants_reply=True)))
 
     def _on_forward(self, sender: int, forward: Forward) -> None:
         if not self._forward_limit.allows(sender, self._now.mono_ms):
@@ -318,7 +337,7 @@ class Replica(Generic[S]):
             self._pacemaker.progress(self._now.mono_ms)
         if qc.proves_parent and qc.parent_round > self.root.round:  # R5
             if qc.parent_hash in self._tree:
-                self._commit(qc)
+                self._commit(qc, qc.parent_hash)
             elif self._commit_qc is None or qc.round > self._commit_qc.round:
                 self._commit_qc = qc
         self._enter(Round(qc.round + 1))
@@ -340,35 +359,21 @@ class Replica(Generic[S]):
             return
         self._pacemaker.enter(round_)  # R1
         self._own.extend(self._collector.enter(round_))
-        self._is_judged = False
-        self._is_urged = False
-        self._has_given_up = False
+        self._is_judged = self._is_urged = self._has_given_up = False
         self._tree.prune(self._high_qc.block_hash, Round(round_ - 2 * self._committee.n))
 
-    def _commit(self, qc: QuorumCert) -> None:
-        nodes = self._tree.commit(qc.parent_hash)
-        for node in nodes:
-            self._mempool.remove(node.digests)
-            self._committed.append(node.block.header)
-        self._effects.append(Commit(tuple(CommittedBlock(node.block, node.execution) for node in nodes), qc))
-
-    def _add(self, block: Block) -> str | None:
-        """Execute a block whose parent is here and keep it, or return why it is invalid (R3, R8)."""
-        parent = self._tree.position(block.header.parent_hash)
-        assert parent is not None
-        judged = judge(self._app, self._mempool, parent, block)
-        if isinstance(judged, str):
-            return judged
-        self._tree.insert(judged)
-        return None
+    def _commit(self, qc: QuorumCert, block_hash: BlockHash, above: Sequence[Header] = ()) -> None:
+        commit = self._chain.commit(qc, block_hash, above)
+        self._effects.append(commit)
+        self._is_over = commit.next_committee is not None  # R12
 
     def _add_certified(self, block: Block) -> bool:
-        fault = self._add(block)
+        fault = self._chain.add(block)
         if fault is not None:
             self._effects.append(Halt(f"block {block.hash.hex()} at height {block.height} is certified but has a bad {fault}"))
             return False
         if self._commit_qc is not None and self._commit_qc.parent_hash == block.hash:
-            self._commit(self._commit_qc)  # R5: its proof came before the block
+            self._commit(self._commit_qc, block.hash)  # R5: its proof came before the block
         return True
 
     def _judge_proposal(self) -> None:
@@ -379,7 +384,7 @@ class Replica(Generic[S]):
         self._is_judged = True
         # The time comes first: nobody's clock but a quorum's may let everything that is pending fall due (R8).
         is_ahead = block.header.time_ms > self._now.wall_ms + self._parts.timing.ahead_ms
-        fault = "time" if is_ahead else None if block.hash in self._tree else self._add(block)
+        fault = "time" if is_ahead else None if block.hash in self._tree else self._chain.add(block)
         if self._is_refused(block.header.author, fault):
             return
         self._emit(self._safety.vote(block, self.round))
@@ -387,6 +392,8 @@ class Replica(Generic[S]):
     # What is done without being told
 
     def _tend(self) -> None:
+        if self._is_over:
+            return
         now_ms = self._now.mono_ms
         self._track_missing()
         self._tell_or_open()
@@ -430,22 +437,18 @@ class Replica(Generic[S]):
         parent = self._tree.position(self._high_qc.block_hash)
         if parent is None:
             return
-        context = self._context(parent)
-        payload = choose(self._app, self._mempool, parent, context, self._outlook().digests)
+        context = self._chain.context(parent, self._now)
+        payload = self._chain.choose(parent, context, self._outlook())
         if not payload and not self._has_reason_for_empty(context.time_ms):
             return
         qc = self._high_qc
         tc = None if qc.round + 1 == self.round else self._last_tc
-        header, execution = compose(
-            self._app, parent, Draft(self._committee, self.round, self._index, context, qc, tc, payload)
-        )
+        draft = Draft(self._committee, self.round, self._index, context, qc, tc, payload)
+        header, execution = self._chain.compose(parent, draft)
         effects, block = self._safety.propose(header, qc, tc, payload)
-        self._tree.insert(node_of(self._app, block, execution))
+        self._chain.insert(block, execution)
         self._effects.extend(effects)
         self._own.append(block)
-
-    def _context(self, parent: Position[S]) -> BlockContext:
-        return BlockContext(self._committee.epoch, parent.height + 1, max(self._now.wall_ms, parent.time_ms))  # R8
 
     def _has_reason_for_empty(self, time_ms: int) -> bool:
         outlook = self._outlook()
@@ -453,18 +456,14 @@ class Replica(Generic[S]):
         return self._is_urged or is_due or outlook.has_payload or self._now.mono_ms >= self._pacemaker.heartbeat_at
 
     def _outlook(self) -> Outlook:
-        proposal = self._collector.proposal
-        return self._horizon.look(None if proposal is None else proposal.hash, self._held_qc.block_hash)
+        return self._chain.outlook(self._collector.proposal, self._held_qc.block_hash)
 
     def _arm(self) -> None:
         """Start the round timer when there is something to wait for (R7)."""
-        now, outlook, pacemaker = self._now, self._outlook(), self._pacemaker
-        is_waiting = self._is_urged or outlook.has_payload or outlook.has_transactions
-        if is_waiting or self._safety.is_barred_from_voting(self.round):
-            pacemaker.arm(now.mono_ms, self._high_qc.round)
-            return
-        due_at, heartbeat_at = outlook.due_at(now), max(now.mono_ms, pacemaker.heartbeat_at)
-        pacemaker.arm(heartbeat_at if due_at is None else min(due_at, heartbeat_at), self._high_qc.round)
+        now, pacemaker = self._now, self._pacemaker
+        is_waited_for = self._is_urged or self._safety.is_barred_from_voting(self.round)
+        start = now.mono_ms if is_waited_for else self._outlook().waits_from(now, pacemaker.heartbeat_at)
+        pacemaker.arm(start, self._high_qc.round)
 
     def _give_up(self) -> None:
         """Give up the round, or say so again, and wait another timer's length (R4)."""
@@ -481,7 +480,7 @@ class Replica(Generic[S]):
             self._pacemaker.stop_missing()
         elif self._pacemaker.misses_proposal(self._now.mono_ms):
             parent = self._tree.position(self._held_qc.block_hash) or self.root
-            oldest = oldest_worthy(self._app, self._mempool, parent, self._context(parent), self._outlook().digests)
+            oldest = self._chain.oldest_worthy(parent, self._chain.context(parent, self._now), self._outlook())
             if oldest is not None:
                 self._effects.append(Broadcast(Forward(self._committee.epoch, self.round, oldest.data)))
 
@@ -492,7 +491,7 @@ class Replica(Generic[S]):
             self._own.append(signed[1])
 
     def _leader(self, round_: Round) -> int:
-        return self._parts.leaders.leader(round_, self._committed)
+        return self._chain.leader(round_)
 
     def _is_refused(self, sender: int, fault: str | None) -> bool:
         if fault is not None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from cybermesh.consensus.events import Send, ServeBlocks
-from cybermesh.consensus.types import Block, BlockHash, Blocks, GetBlocks, Height, QuorumCert, Round
+from cybermesh.consensus.events import Send, ServeBlocks, ServeEpoch
+from cybermesh.consensus.types import Block, BlockHash, Blocks, GetBlocks, Header, Height, QuorumCert, Round
 
 ANSWER_BLOCKS_MAX: Final = 64
 ANSWER_BYTES_MAX: Final = 2 * 1024 * 1024
@@ -143,10 +143,24 @@ def splice(epoch: int, request: ServeBlocks, stored: Sequence[Block]) -> Blocks 
     return pack(epoch, stored[:-1], stored[-1].qc)
 
 
+def lead_on(request: ServeEpoch, stored: Sequence[Block], end: tuple[Sequence[Header], QuorumCert]) -> Blocks | None:
+    """Return the answer for a peer of an ended epoch: blocks towards the epoch's last, that one with its proof of commit.
+
+    ``end`` are the headers from the epoch's last block to the parent of the certificate that committed it.
+    """
+    (last, *above), certificate = end
+    for count, block in enumerate(stored, start=1):
+        if block.hash == last.hash:
+            whole = pack(request.epoch, stored[:count], certificate)
+            is_cut = whole is None or len(whole.blocks) < count
+            return whole if is_cut or whole is None else Blocks(request.epoch, whole.blocks, certificate, tuple(above))
+    return pack(request.epoch, stored[:-1], stored[-1].qc) if stored else None
+
+
 def with_certificates(answer: Blocks, known: QuorumCert) -> list[tuple[Block, QuorumCert]]:
     """Return each block of an answer with what certifies it: the next block's certificate, or for the last one the answer's.
 
     ``known`` is the highest certificate that the asker holds itself; it counts where it is over the last block.
     """
-    last = known if known.block_hash == answer.blocks[-1].hash else answer.certificate
+    last = known if known.block_hash == answer.blocks[-1].hash and not answer.headers else answer.certificate
     return list(zip(answer.blocks, [*(block.qc for block in answer.blocks[1:]), last], strict=True))

@@ -265,11 +265,15 @@ class GetBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Consecutive blocks, oldest first, and a certificate over the last one."""
+    """Consecutive blocks, oldest first, and a certificate over the last one.
+
+    The last block of an epoch comes with the certificate that committed it, and with the headers between the two, if any.
+    """
 
     epoch: int
     blocks: tuple[Block, ...]
     certificate: QuorumCert
+    headers: tuple[Header, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,18 @@ from cybermesh.genesis import Genesis
 from cybermesh.keys import SigningKey
 from cybermesh.ledger.receipts import AnomalyEffect, Code, Receipt
 from cybermesh.ledger.state import Applied, State
-from cybermesh.messages import Ack, Commit, Evidence, PolicyUpdate, Rejected, Transaction, TxKind, tx_digest
+from cybermesh.messages import (
+    Ack,
+    Commit,
+    CommitteeMember,
+    EpochChange,
+    Evidence,
+    PolicyUpdate,
+    Rejected,
+    Transaction,
+    TxKind,
+    tx_digest,
+)
 from cybermesh.roles.ring import control_domains
 from cybermesh.store.records import (
     CommittedBlock,
@@ -30,6 +41,7 @@ from cybermesh.store.records import (
     StoredAck,
     StoredBlock,
     StoredDecision,
+    StoredEpoch,
     StoredEvidence,
     StoredReceipt,
     StoredTransaction,
@@ -38,7 +50,7 @@ from cybermesh.wire import codec
 from cybermesh.wire.admission import read_transaction, split_transaction
 from cybermesh.wire.control import seal
 
-COMMIT_EVENT, DECISION_EVENT = "commit", "decision"
+COMMIT_EVENT, DECISION_EVENT, EPOCH_EVENT = "commit", "decision", "epoch"
 UNSIGNED = bytes(64)
 """Stands for a signature in an outbox row that was restored from an export and is never sent."""
 
@@ -68,11 +80,15 @@ def of_commit(commit: ConsensusCommit[State], author: Author, moment: Moment) ->
         applied = entry.execution.outcome
         assert isinstance(applied, Applied)
         is_last = position == len(commit.blocks) - 1
+        next_committee = commit.next_committee if is_last else None
         certificate = consensus_codec.encode_quorum_cert(commit.certificate) if is_last else b""
-        evidence = Proof(headers[position:], commit.certificate)
+        evidence = Proof([*headers[position:], *commit.suffix], commit.certificate)
         rows = of_block(entry.block, applied, author.genesis, moment)
         events = events_of(entry.block, applied, evidence, author.genesis)
         published = tuple(_sealed(event, author) for event in events)
+        if next_committee is not None:
+            epoch, event = _epoch_change(entry.block.header, evidence, next_committee, author)
+            rows, published = dataclasses.replace(rows, epochs=(epoch,)), (*published, event)
         records.append(dataclasses.replace(rows, certificate=certificate, outbox=published))
     return records
 
@@ -87,6 +103,28 @@ class Proof:
     def prove(self, applied: Applied, position: int, members: int) -> bytes:
         """Return the proof of the receipt at a position of the first block; ``members`` is the size of the committee."""
         return proof.prove(self.headers, self.certificate, proof.included(applied, position), quorum(members))
+
+
+def _epoch_change(
+    header: Header, evidence: Proof, next_committee: Sequence[bytes], author: Author
+) -> tuple[StoredEpoch, OutboxEvent]:
+    """Return what says that a committee has taken over after this block: the row, and the message to agents and auditors."""
+    names = {member.pubkey: member.name for member in author.genesis.validators}
+    epoch, members = header.epoch + 1, sorted(next_committee)
+    change = EpochChange(
+        epoch=epoch,
+        last_height=header.height,
+        headers=tuple(each.encode() for each in evidence.headers),
+        certificate=consensus_codec.encode_quorum_cert(evidence.certificate),
+        committee=tuple(CommitteeMember(names.get(key, key.hex()[:16]), key) for key in members),
+        timestamp=header.time_ms // 1000,
+        producer_id=b"",
+        signature=b"",
+        pubkey=b"",
+    )
+    sealed = codec.encode(seal(change, author.key, control_domains(author.genesis)))
+    stored = StoredEpoch(epoch, header.height + 1, b"".join(members), sealed)
+    return stored, OutboxEvent(EPOCH_EVENT, epoch, author.topics.control_policy, str(epoch).encode(), sealed)
 
 
 def of_block(block: Block, applied: Applied, genesis: Genesis, moment: Moment) -> CommittedBlock:

@@ -11,19 +11,22 @@ from collections.abc import Callable, Sequence
 
 from cybermesh.consensus import codec
 from cybermesh.consensus.application import BlockContext
-from cybermesh.consensus.certificates import CertificateVerifier
+from cybermesh.consensus.certificates import CertificateVerifier, commits
 from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.parts import Root
 from cybermesh.consensus.sync import ANSWER_BYTES_MAX
-from cybermesh.consensus.types import Block, MalformedError, QuorumCert
-from cybermesh.genesis import Genesis
+from cybermesh.consensus.types import Block, Header, MalformedError, QuorumCert, Round
+from cybermesh.envelope import EnvelopeError
+from cybermesh.genesis import KEY_BYTES, Genesis
 from cybermesh.keys import verify
 from cybermesh.ledger.encoding import EncodingError
 from cybermesh.ledger.snapshot import decode_snapshot
 from cybermesh.ledger.state import State
 from cybermesh.roles.application import LedgerApplication
 from cybermesh.store import StoreUnavailable
+from cybermesh.store.records import StoredBlock, StoredEpoch
 from cybermesh.store.store import Store
+from cybermesh.wire.codec import EPOCH_CHANGE
 
 PIECE = 256
 SERVED_PIECE = 8
@@ -66,6 +69,7 @@ class ServedBlocks:
     """
 
     def __init__(self, store: Store, on_failure: Callable[[Exception], None]) -> None:
+        self._store = store
         self._stored = StoredBlocks(store)
         self._on_failure = on_failure
 
@@ -84,9 +88,51 @@ class ServedBlocks:
             self._on_failure(error)
         return found
 
+    async def epoch_end(self, epoch: int) -> tuple[Sequence[Header], QuorumCert] | None:
+        """Return the headers and the certificate that prove how an epoch ended, None while it has not."""
+        try:
+            return next((proof_of(row) for row in await self._store.chain.epochs() if row.epoch == epoch + 1), None)
+        except (StoreUnavailable, RecoveryError) as error:
+            self._on_failure(error)
+            return None
+
+
+def proof_of(epoch: StoredEpoch) -> tuple[Sequence[Header], QuorumCert]:
+    """Return what proves that the epoch before this one has ended.
+
+    Raises:
+        RecoveryError: the row is damaged.
+    """
+    try:
+        change = EPOCH_CHANGE.decode(epoch.change)
+        return tuple(Header.decode(header) for header in change.headers), codec.decode_quorum_cert(change.certificate)
+    except (EnvelopeError, MalformedError) as error:
+        raise RecoveryError(f"epoch {epoch.epoch}: the stored change is damaged: {error}") from error
+
+
+async def present_committee(store: Store, first: Committee) -> Committee:
+    """Return the committee of the newest epoch that the store knows; ``first`` is that of the genesis.
+
+    Raises:
+        RecoveryError: a stored epoch is damaged, or does not follow from the one before.
+        StoreUnavailable: the database cannot be read now.
+    """
+    committee = first
+    for row in await store.chain.epochs():
+        if row.epoch == committee.epoch:
+            continue
+        headers, certificate = proof_of(row)
+        verifier = CertificateVerifier(committee, verify, committee.genesis_cert())
+        is_proven = commits(headers[0], headers[1:], certificate) and verifier.is_valid_quorum_cert(certificate)
+        if row.epoch != committee.epoch + 1 or not is_proven:
+            raise RecoveryError(f"epoch {row.epoch}: no quorum ended the one before; restore the store, or start empty")
+        keys = [row.committee[at : at + KEY_BYTES] for at in range(0, len(row.committee), KEY_BYTES)]
+        committee = committee.successor(keys, headers[0].hash)
+    return committee
+
 
 async def restore(store: Store, genesis: Genesis, committee: Committee, application: LedgerApplication) -> Root[State]:
-    """Return the root to start from.
+    """Return the root to start from; ``committee`` is the one that the store's chain has come to.
 
     Raises:
         RecoveryError: The stored chain is damaged, or not the one that a quorum committed.
@@ -102,16 +148,26 @@ async def restore(store: Store, genesis: Genesis, committee: Committee, applicat
                 raise RecoveryError(f"height {height + 1}: the stored block is missing; restore the store, or start empty")
             state = _execute(application, state, block)
             height = block.height
-    recent = tuple(block.header for block in await source.blocks(max(1, head.height - RECENT_HEADERS), RECENT_HEADERS + 1))
-    tip = recent[-1]
+    headers = [block.header for block in await source.blocks(max(1, head.height - RECENT_HEADERS), RECENT_HEADERS + 1)]
+    tip = headers[-1]
+    if state.root != tip.state_root:
+        raise RecoveryError(f"height {head.height}: the stored chain does not lead to the state in its head's header")
+    if tip.hash == committee.last_block:
+        certificate = committee.genesis_cert()
+        return Root(certificate.block_hash, Round(0), tip.height, tip.time_ms, state, certificate)
+    recent = tuple(header for header in headers if header.epoch == committee.epoch)
+    certificate = await _certificate_of(store, head, committee)
+    return Root(tip.hash, tip.round, tip.height, tip.time_ms, state, certificate, recent)
+
+
+async def _certificate_of(store: Store, head: StoredBlock, committee: Committee) -> QuorumCert:
+    """Return the certificate that committed the head of the chain."""
     certificate = _certificate(await store.chain.certificate(head.height))
     verifier = CertificateVerifier(committee, verify, committee.genesis_cert())
     is_certified = certificate is not None and certificate.proves_parent and verifier.is_valid_quorum_cert(certificate)
-    if certificate is None or not is_certified or not tip.hash == head.hash == certificate.parent_hash:
+    if certificate is None or not is_certified or head.hash != certificate.parent_hash:
         raise RecoveryError(f"height {head.height}: no quorum committed the stored head; restore the store, or start empty")
-    if state.root != tip.state_root:
-        raise RecoveryError(f"height {head.height}: the stored chain does not lead to the state in its head's header")
-    return Root(tip.hash, tip.round, tip.height, tip.time_ms, state, certificate, recent)
+    return certificate
 
 
 def _certificate(stored: tuple[int, bytes] | None) -> QuorumCert | None:

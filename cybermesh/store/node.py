@@ -38,10 +38,13 @@ class NodeRecords:
         await self._database.write(work)
 
     async def last_voted_round(self) -> int:
-        """Return the highest voted round that was copied with a block, 0 in an empty store."""
+        """Return the highest voted round that was copied with a block of the newest epoch, 0 in an empty store."""
+        blocks = tables.blocks.c
 
         async def work(connection: AsyncConnection) -> int:
-            return (await connection.execute(select(func.max(tables.blocks.c.last_voted_round)))).scalar() or 0
+            newest = select(func.max(blocks.epoch)).scalar_subquery()
+            query = select(func.max(blocks.last_voted_round)).where(blocks.epoch == newest)
+            return (await connection.execute(query)).scalar() or 0
 
         return await self._database.read(work)
 

@@ -402,6 +402,7 @@ class Blocks(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
@@ -411,16 +412,21 @@ class Blocks(_message.Message):
     def certificate(self) -> Global___QuorumCert:
         """over the last of them"""
 
+    @_builtins.property
+    def headers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """at the end of an epoch: those that lead from the last block to the certificate's parent"""
+
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         blocks: _abc.Iterable[Global___Block] | None = ...,
         certificate: Global___QuorumCert | None = ...,
+        headers: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "certificate", b"certificate", "epoch", b"epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "certificate", b"certificate", "epoch", b"epoch", "headers", b"headers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,10 +40,10 @@ WALL_MS = 1_700_000_000_000
 class Bench:
     """Everything a test needs to talk to one replica as if it were the rest of the committee."""
 
-    def __init__(self, n: int = 4) -> None:
+    def __init__(self, n: int = 4, *, epoch: int = 1, application: LogApplication | None = None) -> None:
         self.signers, self.check = make_keys(n, is_real=False)
-        self.committee = Committee.of(bytes(range(32)), self.signers)
-        self.app = LogApplication()
+        self.committee = Committee.of(bytes(range(32)), self.signers, epoch=epoch)
+        self.app = application or LogApplication()
         self.leaders = RoundRobin(self.committee)
         self.genesis = self.committee.genesis_cert()
         self.states = {self.genesis.block_hash: (0, 0, self.app.genesis())}

@@ -16,6 +16,7 @@ from cybermesh.consensus.events import (
     Refuse,
     Send,
     ServeBlocks,
+    ServeEpoch,
     Started,
     StopVoting,
     Tick,
@@ -488,8 +489,19 @@ def test_messages_of_another_epoch_and_forged_ones_are_refused_and_change_nothin
         dataclasses.replace(block, signature=bytes(64)),
         bench.sync(dataclasses.replace(bench.qc(block), signatures=())),
     ]:
-        assert [type(effect) for effect in follower.hear(message, 1)] == [Refuse]
+        assert [type(effect) for effect in follower.hear(message, 1) if not isinstance(effect, Send)] == [Refuse]
     assert follower.replica.round == before
+
+
+def test_r12_who_is_in_an_ended_epoch_is_led_on_and_nothing_else_of_it_is_taken(make_bench, make_talk):
+    bench = make_bench(epoch=3)
+    transcript = make_talk(bench, 0)
+    transcript.start()
+    late = dataclasses.replace(bench.sync(), epoch=2, committed_height=41)
+    assert transcript.hear(late, 1) == [ServeEpoch(1, 2, 42)]
+    assert transcript.hear(late, 1) == [], "once in a while"
+    (refused,) = transcript.hear(dataclasses.replace(bench.timeout(1, 2), epoch=2), 2)
+    assert refused == Refuse(2, "epoch")
 
 
 def test_a_flood_of_messages_leaves_the_memory_bounded(bench, follower):

@@ -49,7 +49,7 @@ def test_a_leader_that_fills_its_blocks_with_junk_delays_the_others_by_one_timer
     delays = [committed_at[transaction] - moment for moment, _, transaction in arrivals]
     timer_ms = 220
     assert max(delays) <= timer_ms + 50
-    assert sorted(delays)[len(delays) // 2] < 50, "most see nothing of it"
+    assert sum(delay > timer_ms / 2 for delay in delays) <= len(delays) / 3, "only what meets its turn waits for a timer"
 
 
 def test_stamps_at_the_edge_of_the_window_stall_nobody_whose_clock_differs():

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from cybermesh.consensus import committee, execution, replica, safety
+from cybermesh.consensus import chain, committee, execution, safety
+from cybermesh.consensus.application import BlockContext
 from cybermesh.consensus.blocktree import BlockTree
 from cybermesh.consensus.certificates import CertificateVerifier
 from cybermesh.consensus.events import Broadcast, Persist
@@ -103,7 +104,7 @@ def commit_newest_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def execute_after_voting(patch: pytest.MonkeyPatch) -> None:
-    original = replica.judge
+    original = chain.judge
 
     def judge(application, mempool, parent, block):
         judged = original(application, mempool, parent, block)
@@ -112,7 +113,7 @@ def execute_after_voting(patch: pytest.MonkeyPatch) -> None:
         state = dataclasses.replace(judged.execution.state, root=bytes(32))
         return dataclasses.replace(judged, execution=dataclasses.replace(judged.execution, state=state))
 
-    patch.setattr(replica, "judge", judge)
+    patch.setattr(chain, "judge", judge)
 
 
 def never_catch_up(patch: pytest.MonkeyPatch) -> None:
@@ -163,17 +164,17 @@ def trust_an_old_safety_file(patch: pytest.MonkeyPatch) -> None:
 
 
 def vote_without_comparing_state_roots(patch: pytest.MonkeyPatch) -> None:
-    original = replica.judge
+    original = chain.judge
 
     def judge(application, mempool, parent, block):
         judged = original(application, mempool, parent, block)
         if judged != "state root":
             return judged
-        context = replica.BlockContext(block.header.epoch, block.height, block.header.time_ms)
+        context = BlockContext(block.header.epoch, block.height, block.header.time_ms)
         executed = application.execute(parent.state, context, block.payload)
         return execution.node_of(application, block, executed)
 
-    patch.setattr(replica, "judge", judge)
+    patch.setattr(chain, "judge", judge)
 
 
 def count_a_voter_twice(patch: pytest.MonkeyPatch) -> None:
@@ -185,7 +186,7 @@ def believe_votes_unseen(patch: pytest.MonkeyPatch) -> None:
 
 
 def take_any_block_as_the_certified_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CertificateVerifier, "certified_fault", lambda self, block, certificate: None)
+    patch.setattr(CertificateVerifier, "certified_fault", lambda self, block, certificate, above=(): None)
 
 
 def accuse_on_hearsay(patch: pytest.MonkeyPatch) -> None:
