@@ -47,6 +47,7 @@ LATER_HEADERS_MAX: Final = 4_096
 PROOF_BYTES_MAX: Final = 2 * 1024 * 1024
 _HASH_BYTES: Final = 32
 _SIGNATURE_BYTES: Final = 64
+_REMEMBERED_MAX: Final = 1_024
 _EMPTY_PAYLOAD: Final = merkle_root(())
 
 
@@ -210,25 +211,74 @@ def _restored(before: Header, short: LaterHeader) -> Header:
     )
 
 
+class Verifier:
+    """Checks proofs against one genesis, offline. What many proofs share is checked once: a block's certificate.
+
+    The certificates that were good are remembered, the newest 1,024 of them; a bad one is checked each time.
+    """
+
+    def __init__(self, genesis: Genesis) -> None:
+        self._genesis = genesis
+        self._committee = Committee.of(genesis.chain_id, (validator.pubkey for validator in genesis.validators))
+        self._good: dict[tuple[bytes, Certificate], tuple[int, ...]] = {}
+
+    def proof(self, data: bytes) -> Proven:
+        """Return what a proof shows.
+
+        Raises:
+            ProofError: with the step that failed.
+        """
+        body = _read(data)
+        headers = _headers(body)
+        first, last = headers[0], headers[-1]
+        chain_id = self._genesis.chain_id
+        if first.chain_id != chain_id:
+            raise ProofError(Step.GENESIS, f"is of chain {first.chain_id.hex()}, the genesis of {chain_id.hex()}")
+        if first.epoch != FIRST_EPOCH:
+            raise ProofError(Step.EPOCH, f"is of epoch {first.epoch}, whose committee the proof does not show")
+        if body.receipt.height != first.height:
+            raise ProofError(Step.RECEIPT, f"is of height {body.receipt.height}, the header of {first.height}")
+        _check_inclusion(body, first)
+        return Proven(first, body.receipt, self._voters(body.certificate, last), len(headers) - 1)
+
+    def update(self, update: PolicyUpdate) -> tuple[Proven, DecisionEffect]:
+        """Check an update's proof and that every field of it is what was proven; only then may an agent read it.
+
+        The sender's own signature is the envelope's business (``wire.control``).
+
+        Raises:
+            ProofError: with the step that failed; PROOF_MISMATCH names the first field that differs.
+        """
+        proven = self.proof(update.proof)
+        effect = proven.decision(update.decision_seq)
+        if effect is None:
+            raise ProofError(Step.PROOF_MISMATCH, f"decision_seq: the receipt holds no decision {update.decision_seq}")
+        if hashlib.sha256(update.rule_data).digest() != effect.rule_hash:
+            raise ProofError(Step.PROOF_MISMATCH, "rule_data is not what was agreed")
+        expected = update_of(proven.header, effect, update.rule_data, update.proof)
+        for name in _AGREED:
+            if getattr(update, name) != getattr(expected, name):
+                raise ProofError(Step.PROOF_MISMATCH, f"{name} is not what was agreed")
+        return proven, effect
+
+    def _voters(self, certificate: Certificate, last: Header) -> tuple[int, ...]:
+        key = (last.hash, certificate)
+        voters = self._good.get(key)
+        if voters is None:
+            voters = _check_certificate(certificate, last, self._committee)
+            while len(self._good) >= _REMEMBERED_MAX:
+                del self._good[next(iter(self._good))]
+            self._good[key] = voters
+        return voters
+
+
 def verify_proof(data: bytes, genesis: Genesis) -> Proven:
-    """Check a proof against a genesis, offline.
+    """Check one proof against a genesis, offline.
 
     Raises:
         ProofError: with the step that failed.
     """
-    body = _read(data)
-    headers = _headers(body)
-    first, last = headers[0], headers[-1]
-    if first.chain_id != genesis.chain_id:
-        raise ProofError(Step.GENESIS, f"is of chain {first.chain_id.hex()}, the genesis of {genesis.chain_id.hex()}")
-    if first.epoch != FIRST_EPOCH:
-        raise ProofError(Step.EPOCH, f"is of epoch {first.epoch}, whose committee the proof does not show")
-    if body.receipt.height != first.height:
-        raise ProofError(Step.RECEIPT, f"is of height {body.receipt.height}, the header of {first.height}")
-    _check_inclusion(body, first)
-    committee = Committee.of(genesis.chain_id, (validator.pubkey for validator in genesis.validators))
-    voters = _check_certificate(body.certificate, last, committee)
-    return Proven(first, body.receipt, voters, len(headers) - 1)
+    return Verifier(genesis).proof(data)
 
 
 def _read(data: bytes) -> ProofBody:
@@ -337,24 +387,13 @@ def update_of(header: Header, effect: DecisionEffect, rule_data: bytes, proof: b
 
 
 _SENDERS_OWN: Final = frozenset({"producer_id", "signature", "pubkey", "alg"})
+_AGREED: Final = tuple(entry.name for entry in dataclasses.fields(PolicyUpdate) if entry.name not in _SENDERS_OWN)
 
 
 def verify_update(update: PolicyUpdate, genesis: Genesis) -> tuple[Proven, DecisionEffect]:
-    """Check an update's proof and that every field of it is what was proven; only then may an agent read it.
-
-    The sender's own signature is the envelope's business (``wire.control``).
+    """Check one update, as ``Verifier.update`` does.
 
     Raises:
-        ProofError: with the step that failed; PROOF_MISMATCH names the first field that differs.
+        ProofError: with the step that failed.
     """
-    proven = verify_proof(update.proof, genesis)
-    effect = proven.decision(update.decision_seq)
-    if effect is None:
-        raise ProofError(Step.PROOF_MISMATCH, f"decision_seq: the receipt holds no decision {update.decision_seq}")
-    if hashlib.sha256(update.rule_data).digest() != effect.rule_hash:
-        raise ProofError(Step.PROOF_MISMATCH, "rule_data is not what was agreed")
-    expected = update_of(proven.header, effect, update.rule_data, update.proof)
-    for entry in dataclasses.fields(PolicyUpdate):
-        if entry.name not in _SENDERS_OWN and getattr(update, entry.name) != getattr(expected, entry.name):
-            raise ProofError(Step.PROOF_MISMATCH, f"{entry.name} is not what was agreed")
-    return proven, effect
+    return Verifier(genesis).update(update)

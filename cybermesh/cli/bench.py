@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -139,6 +140,36 @@ def detect(
     else:
         for name, value in result.items():
             sys.stdout.write(f"{name:32} {value}\n")
+
+
+@app.command()
+def enforce(
+    hosts: Annotated[int, typer.Option(min=1_000, max=100_000, help="Hosts that are installed already.")] = 100_000,
+    folder: Annotated[Path | None, typer.Option("--dir", help="Where the agent's database goes while it is needed.")] = None,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Measure an agent with the kernel's nftables, in a network namespace of its own; needs root.
+
+    Example: cybermesh bench enforce --json
+    """
+    if os.geteuid() != 0:
+        raise output.CommandError("measuring the kernel's firewall needs root, for a network namespace of its own")
+    told: dict[str, typing.Any] = {}
+    with tempfile.TemporaryDirectory(prefix="cybermesh-bench-", dir=folder) as made:
+        for part in ("fill", "nft", "agent"):
+            output.note(f"part {part}")
+            told |= _run("cybermesh.cli.bench_enforce", part, made, str(hosts))
+    names = (
+        "one_policy_p50_ms",
+        "one_policy_p99_ms",
+        "burst_10k_s",
+        "restore_100k_s",
+        "nft_f_100k_s",
+        "ratio_restore",
+        "rss_mb",
+    )
+    told["ratio_restore"] = round(told["restore_100k_s"] / told["nft_f_100k_s"], 2)
+    _show({name: told[name] for name in names}, as_json=as_json)
 
 
 @app.command()

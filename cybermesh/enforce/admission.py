@@ -7,6 +7,7 @@ which a decision has to wait. The book changes as events pass; a ``Batch`` remem
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from cybermesh.addresses import Network
@@ -15,6 +16,7 @@ from cybermesh.enforce import guard, rules
 from cybermesh.enforce.acks import Outcome, Result
 from cybermesh.enforce.book import Book, Entry
 from cybermesh.enforce.decisions import Decision, EpochUnknownError, Mode, Order, ProofError, Proven, RefusedError
+from cybermesh.enforce.packed import unpack
 from cybermesh.enforce.reconcile import Touched
 from cybermesh.enforce.rules import Rule
 from cybermesh.messages import PolicyAction, PolicyUpdate
@@ -59,6 +61,7 @@ class Admission:
         self._book = book
         self._limits = limits
         self._added: deque[tuple[int, int]] = deque()
+        self._added_rules = 0
         self.conditions = Conditions()
         self.newest_block_ms = 0
         self.legacy_keys: Counter[str] = Counter()
@@ -126,25 +129,56 @@ class Admission:
             batch.touched |= self._book.end(decision.policy_id, decision.decision_seq, decision.ends_at_ms)
         return len(over)
 
-    def reload(self, batch: Batch) -> None:
-        """Ask for the rules of all standing decisions again, after a start or a change of the conditions."""
+    def reload(self, stored: Iterable[tuple[str, bytes | None]], rule_data: Callable[[str], bytes], batch: Batch) -> None:
+        """Ask for the rules of all standing decisions again, after a start: those stored, or made from ``rule_data``."""
         # What was admitted once is asserted again even where the surroundings cannot be read now; only new rules are refused.
         known = guard.Protected(self.conditions.protected.networks)
-        for decision in list(self._book.standing()):
-            spec = parse(decision.rule_data)
-            verdict = guard.judge(spec, known, self._limits, guard.Load())
-            if isinstance(verdict, guard.Refusal):
-                self._remember(decision.policy_id, batch)
-                batch.touched |= self._book.hold(decision, verdict.code.value, withdraw=True)
-                batch.answers.append((self._failed(decision, verdict.code.value, verdict.detail), decision))
-            elif not spec.guardrails.dry_run:
-                wanted = self._rules(spec, verdict, decision)
-                batch.touched |= self._book.desired.put(decision.policy_id, wanted)
+        for policy_id, packed in stored:
+            # The book's own text, not its copy in the row: one for all that keep it.
+            decision = self._book.decisions[policy_id]
+            policy_id, until_ms = decision.policy_id, self._until(decision)
+            if packed is None:
+                found = self._made_again(parse(rule_data(policy_id)), decision, known)
+            else:
+                found = unpack(packed, policy_id, until_ms)
+            code = found if isinstance(found, guard.Code) else self._hits(found, known)
+            if code is not None:
+                self._remember(policy_id, batch)
+                batch.touched |= self._book.hold(decision, code.value, withdraw=True)
+                batch.answers.append(
+                    (self._failed(decision, code.value, "is so by what is protected on this host now"), decision)
+                )
+            elif not isinstance(found, guard.Code):
+                self._book.desired.fill(policy_id, found)
+
+    def restate(self, batch: Batch) -> None:
+        """Give the rules of all standing decisions the end they have now, after a change of the time to confirm."""
+        for decision in self._book.standing():
+            until_ms = self._until(decision)
+            rules_ = self._book.desired.rules_of(decision.policy_id)
+            fresh = tuple(rule._replace(element=rule.element._replace(expires_at_ms=until_ms)) for rule in rules_)
+            if fresh != rules_:
+                batch.touched |= self._book.desired.put(decision.policy_id, fresh)
+
+    def _made_again(self, spec: PolicySpec, decision: Decision, known: guard.Protected) -> tuple[Rule, ...] | guard.Code:
+        verdict = guard.judge(spec, known, self._limits, guard.Load())
+        if isinstance(verdict, guard.Refusal):
+            return verdict.code
+        return () if spec.guardrails.dry_run else self._rules(spec, verdict, decision)
+
+    def _hits(self, found: tuple[Rule, ...], known: guard.Protected) -> guard.Code | None:
+        for rule in found:
+            match = rule.element.match
+            code = guard.hits_prefix(match.version, match.base, match.length, known, self._limits)
+            if code is not None:
+                return code
+        return None
 
     def count(self, batch: Batch) -> None:
         """Let the rules of an installed batch count towards the limit per minute."""
         if batch.rules:
             self._added.append((batch.now_ms, batch.rules))
+            self._added_rules += batch.rules
 
     def _open(self, update: PolicyUpdate, decision: Decision, batch: Batch) -> Outcome:
         spec = steps.read_policy(update)
@@ -204,16 +238,18 @@ class Admission:
         return self._failed(decision, code, detail)
 
     def _rules(self, spec: PolicySpec, networks: tuple[Network, ...], decision: Decision) -> tuple[Rule, ...]:
+        return rules.make(spec, networks, self._until(decision))
+
+    def _until(self, decision: Decision) -> int:
         # Until the operator has confirmed, the kernel itself takes the rules back, even if this process dies.
-        limit_ms = self.conditions.confirm_by_ms or decision.ends_at_ms
-        return rules.make(spec, networks, min(decision.ends_at_ms, limit_ms))
+        return min(decision.ends_at_ms, self.conditions.confirm_by_ms or decision.ends_at_ms)
 
     def _load(self, policy_id: str, batch: Batch) -> guard.Load:
         while self._added and self._added[0][0] <= batch.now_ms - _MINUTE_MS:
-            self._added.popleft()
+            self._added_rules -= self._added.popleft()[1]
         desired = self._book.desired
         installed = len(desired) - len(desired.rules_of(policy_id))
-        return guard.Load(installed, batch.rules + sum(count for _, count in self._added))
+        return guard.Load(installed, batch.rules + self._added_rules)
 
     def _remember(self, policy_id: str, batch: Batch) -> None:
         if policy_id not in batch.undo:

@@ -98,6 +98,13 @@ class Book:
         for policy_id in [item.policy_id for item in self.tombstones.values() if item.until_ms <= now_ms]:
             del self.tombstones[policy_id]
 
+    def lighten(self, policy_ids: Iterable[str]) -> None:
+        """Forget the ``rule_data`` of decisions that a database has by now."""
+        for policy_id in policy_ids:
+            decision = self.decisions.get(policy_id)
+            if decision is not None and decision.rule_data:
+                self.decisions[policy_id] = replace(decision, rule_data=b"")
+
     def changes(self, policy_ids: Iterable[str]) -> tuple[tuple[Decision, ...], tuple[Tombstone, ...]]:
         """Return what a database must store for these policies."""
         ids = sorted(set(policy_ids))

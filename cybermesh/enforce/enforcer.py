@@ -14,18 +14,20 @@ and duplicates, guard (all in ``admission``), plan, apply atomically, read back 
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from cybermesh.addresses import Network
-from cybermesh.enforce import guard, rules
+from cybermesh.enforce import guard, memory, rules
 from cybermesh.enforce.acks import Outcome, Place, draft
 from cybermesh.enforce.admission import Admission, Batch
 from cybermesh.enforce.backends import Audit, Backend, BackendError
 from cybermesh.enforce.book import Book
 from cybermesh.enforce.decisions import Mode, ProofError, Proven, RefusedError
 from cybermesh.enforce.installer import Installer
+from cybermesh.enforce.packed import PackedError, pack
 from cybermesh.enforce.reconcile import LaneFullError, Plan
 from cybermesh.enforce.state import Changes, Orders, Pending, State, StateError
 from cybermesh.messages import Ack, PolicyAction, PolicyUpdate
@@ -103,7 +105,9 @@ class Enforcer:
             await self._load()
             # Before any rule is made: what is loaded is judged by what is protected today.
             self._look()
-            return await self._reconcile(now_ms)
+            found = await self._reconcile(now_ms)
+        await asyncio.to_thread(memory.give_back)
+        return found
 
     async def difference(self) -> tuple[Plan, Audit]:
         """Return what a reconciliation would change, without changing it; instead of ``open``, for a look from outside.
@@ -119,7 +123,7 @@ class Enforcer:
             orders = await asyncio.to_thread(self._state.orders)
             batch = Batch(now_ms)
             self._adopt(orders, batch)
-            self._admission.reload(batch)
+            await self._reload(batch)
             return await self._installer.difference(self._book.desired, orders.mode)
 
     async def handle(self, updates: Sequence[PolicyUpdate]) -> list[Outcome]:
@@ -262,12 +266,14 @@ class Enforcer:
             if ack is not None and self._ports.seal is not None:
                 acks.append((ack.policy_id, self._ports.seal(ack)))
         standing, tombstones = self._book.changes(batch.undo)
-        changes = Changes(standing, tombstones, tuple(acks), batch.height, self._admission.newest_block_ms)
+        packed = {item.policy_id: pack(self._book.desired.rules_of(item.policy_id)) for item in standing if not item.held}
+        changes = Changes(standing, packed, tombstones, tuple(acks), batch.height, self._admission.newest_block_ms)
         try:
             await asyncio.to_thread(self._store, changes, batch.parked)
         except StateError:
             await self._take_back(batch)
             raise
+        self._book.lighten(batch.undo)
         self._admission.count(batch)
         self._height = max(self._height, batch.height)
         self.counts.update(outcome.code or outcome.result.value for outcome, _ in batch.answers)
@@ -291,6 +297,17 @@ class Enforcer:
         if self._state.acks_waiting():
             self.acks_ready.set()
 
+    async def _reload(self, batch: Batch) -> None:
+        stored = await asyncio.to_thread(self._state.rules)
+        # A hundred thousand rules are made at once and stay: looking for rubbish among them meanwhile doubles the time.
+        gc.disable()
+        try:
+            self._admission.reload(stored, self._state.rule_data, batch)
+        except PackedError as fault:
+            raise StateError(f"{self._state.path}: the rules of {fault}") from fault
+        finally:
+            gc.enable()
+
     async def _obey(self, now_ms: int) -> None:
         """Follow what the operator of this host has ordered since the last look, and what is over by now."""
         if self._state.changed_outside() or self._orders is None:
@@ -301,8 +318,10 @@ class Enforcer:
         before, batch = self._orders, Batch(now_ms)
         self._standing_orders = wanted
         self._adopt(wanted, batch)
-        if before is None or before.confirm_by_ms != wanted.confirm_by_ms:
-            self._admission.reload(batch)
+        if before is None:
+            await self._reload(batch)
+        elif before.confirm_by_ms != wanted.confirm_by_ms:
+            self._admission.restate(batch)
         try:
             if before is None or before.mode is not wanted.mode:
                 await self._installer.enter(wanted.mode)
@@ -370,6 +389,7 @@ class Enforcer:
 
     async def _reconcile(self, now_ms: int) -> Reconciliation:
         self._trouble = ""
+        self._installer.begin_round()
         await self._obey(now_ms)
         withdrawn = await self._look_around(now_ms)
         ended = await self._expire(now_ms)
@@ -392,8 +412,10 @@ class Enforcer:
         # Whoever cannot sign acks cannot answer for a decision either, and leaves them to the agent.
         for decision in self._book.held() if self._ports.seal is not None else ():
             batch = Batch(now_ms)
-            self._admission.retry(decision, batch)
-            if self._book.decisions.get(decision.policy_id) == decision:
+            rule = decision.rule_data or await asyncio.to_thread(self._state.rule_data, decision.policy_id)
+            self._admission.retry(replace(decision, rule_data=rule), batch)
+            after = self._book.decisions.get(decision.policy_id)
+            if after is not None and replace(after, rule_data=b"") == decision:
                 continue
             try:
                 await self._install(batch)

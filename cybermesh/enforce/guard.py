@@ -85,9 +85,13 @@ class Protected:
 
     def touching(self, network: Network) -> tuple[str, Network] | None:
         """Return the first protected network that shares an address with ``network``, and its reason."""
-        spans = self._spans[network.version]
-        first = int(network.network_address)
-        last = first + (1 << network.max_prefixlen - network.prefixlen) - 1
+        return self.meeting(network.version, int(network.network_address), network.prefixlen)
+
+    def meeting(self, version: int, base: int, length: int) -> tuple[str, Network] | None:
+        """Return what ``touching`` does for a prefix in numbers; an IPv4-mapped one must come as IPv4."""
+        spans = self._spans[version]
+        first = base
+        last = first + (1 << (32 if version == 4 else 128) - length) - 1
         # The spans are disjoint and ascending: only the last one that begins in or before the network can reach into it.
         index = bisect.bisect_right(spans, last, key=_first_of) - 1
         if index < 0 or spans[index].last < first:
@@ -151,6 +155,13 @@ def judge(spec: PolicySpec, protected: Protected, limits: Limits, load: Load) ->
         return Refusal(Code.PROTECTED_TARGET, "every address of the target is protected")
     # Splitting multiplies: count again what is really to be installed.
     return _too_many(count(spec) // len(networks) * len(allowed), limits, load) or tuple(allowed)
+
+
+def hits_prefix(version: int, base: int, length: int, protected: Protected, limits: Limits) -> Code | None:
+    """Judge one prefix of a rule that was admitted earlier, in numbers: whether it is protected or too wide today."""
+    if length < (limits.prefix_min_v4 if version == 4 else limits.prefix_min_v6):
+        return Code.PREFIX_TOO_WIDE
+    return Code.PROTECTED_TARGET if protected.meeting(version, base, length) is not None else None
 
 
 def hits(networks: Iterable[Network], protected: Protected) -> Refusal | None:

@@ -195,6 +195,21 @@ class Desired:
                 self._points[match] = (*self._points.get(match, ()), rule)
         return touched
 
+    def fill(self, policy_id: str, rules: tuple[Rule, ...]) -> None:
+        """Set the rules of a policy that has none yet, where everything will be installed anew."""
+        assert policy_id not in self._rules
+        if not rules:
+            return
+        self._rules[policy_id] = rules
+        self._count += len(rules)
+        for rule in rules:
+            match = rule.element.match
+            if match.area:
+                self._areas.setdefault(match.lane, {})[policy_id, match] = rule
+            else:
+                known = self._points.get(match)
+                self._points[match] = rules if known is None and len(rules) == 1 else (*(known or ()), rule)
+
     def remove(self, policy_id: str) -> Touched:
         """Forget the rules of ``policy_id``; return what is concerned."""
         touched = Touched()
@@ -223,6 +238,10 @@ class Desired:
         points = self._points if touched is None else {match: self._points.get(match, ()) for match in touched.points}
         found: dict[Match, Element] = {}
         for match, rules in points.items():
+            if len(rules) == 1:
+                if rules[0].element.expires_at_ms > now_ms:
+                    found[match] = rules[0].element
+                continue
             element = _winner(rule.element for rule in rules if rule.element.expires_at_ms > now_ms)
             if element is not None:
                 found[match] = element

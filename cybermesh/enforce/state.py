@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import sys
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,13 +26,13 @@ from cybermesh.enforce.decisions import Decision, Mode, Tombstone
 
 FILE_NAME: Final = "agent.sqlite"
 PARKED_MAX: Final = 1_000
-_VERSION: Final = 1
+_VERSION: Final = 2
 _BUSY_MS: Final = 5_000
 _SCHEMA: Final = """
 CREATE TABLE decisions (
     policy_id TEXT PRIMARY KEY, decision_seq INTEGER NOT NULL, rule_data BLOB NOT NULL, rule_hash BLOB NOT NULL,
     ends_at_ms INTEGER NOT NULL, height INTEGER NOT NULL, reference TEXT NOT NULL, requires_ack INTEGER NOT NULL,
-    held TEXT NOT NULL) STRICT;
+    held TEXT NOT NULL, rules BLOB) STRICT;
 CREATE TABLE tombstones (policy_id TEXT PRIMARY KEY, decision_seq INTEGER NOT NULL, until_ms INTEGER NOT NULL) STRICT;
 CREATE TABLE acks (id INTEGER PRIMARY KEY AUTOINCREMENT, policy_id TEXT NOT NULL, body BLOB NOT NULL) STRICT;
 CREATE TABLE parked (
@@ -39,6 +40,14 @@ CREATE TABLE parked (
 CREATE TABLE exceptions (
     address TEXT PRIMARY KEY, until_ms INTEGER NOT NULL, reason TEXT NOT NULL, since_ms INTEGER NOT NULL) STRICT;
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+"""
+
+
+_PUT_DECISION: Final = """
+INSERT INTO decisions VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT (policy_id) DO UPDATE SET
+    decision_seq=excluded.decision_seq, rule_hash=excluded.rule_hash, ends_at_ms=excluded.ends_at_ms, height=excluded.height,
+    reference=excluded.reference, requires_ack=excluded.requires_ack, held=excluded.held, rules=excluded.rules,
+    rule_data=CASE WHEN length(excluded.rule_data) THEN excluded.rule_data ELSE rule_data END
 """
 
 
@@ -77,18 +86,30 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What one batch changes; a policy that ended has a tombstone and is deleted from the decisions."""
+    """What one batch changes; a policy that ended has a tombstone and is deleted from the decisions.
+
+    ``rules`` holds the packed rules of decisions by policy. A decision without ``rule_data`` keeps what is stored.
+    """
 
     decisions: tuple[Decision, ...] = ()
+    rules: Mapping[str, bytes] = field(default_factory=dict)
     tombstones: tuple[Tombstone, ...] = ()
     acks: tuple[tuple[str, bytes], ...] = ()
     height: int = 0
     newest_block_ms: int = 0
 
 
-def _decision(row: tuple[Any, ...]) -> Decision:
-    policy_id, decision_seq, rule_data, rule_hash, ends_at_ms, height, reference, requires_ack, held = row
-    return Decision(policy_id, decision_seq, rule_data, rule_hash, ends_at_ms, height, reference, bool(requires_ack), held)
+_SELECT_LIGHT: Final = (
+    "SELECT policy_id, decision_seq, rule_hash, ends_at_ms, height, reference, requires_ack, held FROM decisions"
+)
+
+
+def _light(row: tuple[Any, ...]) -> Decision:
+    """Return a decision without its ``rule_data``, which is read when it is needed."""
+    policy_id, decision_seq, rule_hash, ends_at_ms, height, reference, requires_ack, held = row
+    # Decisions of one block share their reference.
+    shared = sys.intern(reference)
+    return Decision(policy_id, decision_seq, b"", rule_hash, ends_at_ms, height, shared, bool(requires_ack), held)
 
 
 class State:
@@ -122,6 +143,9 @@ class State:
                 for statement in filter(None, (part.strip() for part in _SCHEMA.split(";"))):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version={_VERSION}")
+            elif version == 1:
+                self._db.execute("ALTER TABLE decisions ADD COLUMN rules BLOB")
+                self._db.execute(f"PRAGMA user_version={_VERSION}")
             elif version != _VERSION:
                 raise StateError(f"{self.path}: version {version}, this program knows {_VERSION}; update cybermesh")
 
@@ -131,20 +155,28 @@ class State:
             self._db.close()
 
     def load(self) -> tuple[dict[str, Decision], dict[str, Tombstone]]:
-        """Return all decisions and tombstones by policy."""
+        """Return all decisions, without their ``rule_data``, and all tombstones, by policy."""
         with self._translating():
-            decisions = self._db.execute("SELECT * FROM decisions").fetchall()
+            decisions = {made.policy_id: made for made in map(_light, self._db.execute(_SELECT_LIGHT))}
             tombstones = self._db.execute("SELECT * FROM tombstones").fetchall()
-        return (
-            {row[0]: _decision(row) for row in decisions},
-            {row[0]: Tombstone(*row) for row in tombstones},
-        )
+        return decisions, {row[0]: Tombstone(*row) for row in tombstones}
+
+    def rules(self) -> list[tuple[str, bytes | None]]:
+        """Return the packed rules of all standing decisions; None where an earlier version has not stored them."""
+        with self._translating():
+            return self._db.execute("SELECT policy_id, rules FROM decisions WHERE held=''").fetchall()
+
+    def rule_data(self, policy_id: str) -> bytes:
+        """Return the rule of a decision, b"" if there is none."""
+        with self._translating():
+            row = self._db.execute("SELECT rule_data FROM decisions WHERE policy_id=?", (policy_id,)).fetchone()
+        return b"" if row is None else bytes(row[0])
 
     def commit(self, changes: Changes) -> None:
         """Store one batch durably, all or nothing."""
         with self._transaction() as db:
             db.executemany(
-                "INSERT OR REPLACE INTO decisions VALUES (?,?,?,?,?,?,?,?,?)",
+                _PUT_DECISION,
                 [
                     (
                         d.policy_id,
@@ -156,6 +188,7 @@ class State:
                         d.reference,
                         d.requires_ack,
                         d.held,
+                        changes.rules.get(d.policy_id),
                     )
                     for d in changes.decisions
                 ],

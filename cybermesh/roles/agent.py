@@ -10,10 +10,10 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cybermesh import proof
-from cybermesh.bus import Bus, BusError, Delivery
+from cybermesh.bus import Bus, BusError, Delivery, Subscription
 from cybermesh.bus.topics import Topics, agent_group
 from cybermesh.enforce import guard
 from cybermesh.enforce.acks import Outcome, Place
@@ -35,6 +35,7 @@ from cybermesh.wire.control import open_policy, seal
 
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 5.0
+BATCH_MAX = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class AgentParts:
     clock: Clock
     look: Callable[[], guard.Protected]
     on_outcome: Callable[[Outcome], None] = lambda _outcome: None
+    limits: guard.Limits = field(default_factory=guard.Limits)
 
 
 class AgentRole:
@@ -62,14 +64,17 @@ class AgentRole:
         self._log = logger(role="agent", name=parts.name)
         self._ring = key_ring(parts.genesis)
         self._domains = control_domains(parts.genesis)
+        self._verifier = proof.Verifier(parts.genesis)
+        self._is_open = False
         ports = Ports(self._prove, self._seal, parts.look, parts.clock.wall_ms)
-        self.enforcer = Enforcer(parts.state, parts.backend, ports, Place(scope=parts.name, instance=parts.name))
+        place = Place(scope=parts.name, instance=parts.name, limits=parts.limits)
+        self.enforcer = Enforcer(parts.state, parts.backend, ports, place)
         self.refused: Counter[str] = Counter()
         self.acks_published = 0
 
     async def run(self) -> None:
         """Enforce until cancelled; what is installed stays and ends by its own timeouts."""
-        await self._open()
+        await self.open()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._reconcile(), name=f"{self._parts.name} reconcile")
             group.create_task(self.enforcer.listen(), name=f"{self._parts.name} firewall changes")
@@ -77,7 +82,11 @@ class AgentRole:
             if self._parts.topics.control_policy_ack:
                 group.create_task(self._publish_acks(), name=f"{self._parts.name} acks")
 
-    async def _open(self) -> None:
+    async def open(self) -> None:
+        """Bring the firewall to what is decided; ``run`` does it where it has not been done."""
+        if self._is_open:
+            return
+        self._is_open = True
         found = await self.enforcer.open()
         self._log.info("agent_started", backend=self._parts.backend.name, drift=found.drift, problem=found.problem)
 
@@ -93,25 +102,31 @@ class AgentRole:
                 pause_s = min(2 * pause_s, RETRY_MAX_S)
 
     async def _consume(self) -> None:
+        """Handle what has come meanwhile as one batch: a burst costs one transaction per batch, not one per decision."""
         topic = self._parts.topics.control_policy
-        async with self._parts.bus.subscribe((topic,), agent_group(self._parts.name)) as deliveries:
-            async for delivery in deliveries:
-                await self._take(delivery)
-                await deliveries.ack(delivery)
+        waiting: asyncio.Queue[Delivery | None] = asyncio.Queue(maxsize=BATCH_MAX)
+        async with (
+            self._parts.bus.subscribe((topic,), agent_group(self._parts.name)) as deliveries,
+            asyncio.TaskGroup() as group,
+        ):
+            group.create_task(_read_ahead(deliveries, waiting), name=f"{self._parts.name} reading ahead")
+            while (first := await waiting.get()) is not None:
+                batch = [first]
+                while len(batch) < BATCH_MAX and not waiting.empty():
+                    following = waiting.get_nowait()
+                    if following is None:
+                        waiting.put_nowait(None)
+                        break
+                    batch.append(following)
+                await self._take(batch)
+                # The last of a partition stands for those before it.
+                for delivery in {item.partition: item for item in batch}.values():
+                    await deliveries.ack(delivery)
 
-    async def _take(self, delivery: Delivery) -> None:
-        """Return when what became of the message is durable, or it was refused for what it is."""
-        try:
-            update = open_policy(delivery.value, self._ring, self._domains)
-        except EnvelopeError as error:
-            self.refused[error.code] += 1
-            self._log.warning("decision_refused", offset=delivery.offset, code=error.code, reason=error.text)
-            return
-        if isinstance(update, EpochChange):
-            # No committee of this version can change (the ledger answers NOT_READY), so this one proves nothing.
-            self.refused["EPOCH_CHANGE"] += 1
-            return
-        for outcome in await self._handle(update):
+    async def _take(self, batch: list[Delivery]) -> None:
+        """Return when what became of the messages is durable, or they were refused for what they are."""
+        updates = await asyncio.to_thread(lambda: [item for delivery in batch if (item := self._read(delivery)) is not None])
+        for outcome in await self._handle(updates) if updates else ():
             self._log.info(
                 "decision_handled",
                 policy_id=outcome.policy_id,
@@ -121,11 +136,24 @@ class AgentRole:
             )
             self._parts.on_outcome(outcome)
 
-    async def _handle(self, update: PolicyUpdate) -> list[Outcome]:
+    def _read(self, delivery: Delivery) -> PolicyUpdate | None:
+        try:
+            update = open_policy(delivery.value, self._ring, self._domains)
+        except EnvelopeError as error:
+            self.refused[error.code] += 1
+            self._log.warning("decision_refused", offset=delivery.offset, code=error.code, reason=error.text)
+            return None
+        if isinstance(update, EpochChange):
+            # No committee of this version can change (the ledger answers NOT_READY), so this one proves nothing.
+            self.refused["EPOCH_CHANGE"] += 1
+            return None
+        return update
+
+    async def _handle(self, updates: list[PolicyUpdate]) -> list[Outcome]:
         pause_s = RETRY_FIRST_S
         while True:
             try:
-                return await self.enforcer.handle([update])
+                return await self.enforcer.handle(updates)
             except StateError as error:
                 self._log.error("state_unavailable", reason=str(error))
                 await asyncio.sleep(pause_s)
@@ -136,15 +164,24 @@ class AgentRole:
         while True:
             await self.enforcer.acks_ready.wait()
             try:
-                for ack in await self.enforcer.pending_acks():
-                    await self._parts.bus.publish(self._parts.topics.control_policy_ack, ack.policy_id.encode(), ack.body)
-                    await self.enforcer.acks_published([ack.id])
-                    self.acks_published += 1
+                await self._publish_pending()
                 pause_s = RETRY_FIRST_S
             except (BusError, StateError) as error:
                 self._log.warning("acks_waiting", reason=str(error), retry_s=round(pause_s, 2))
                 await asyncio.sleep(pause_s * (1 + random.random() / 4))  # noqa: S311 - jitter, not a secret
                 pause_s = min(2 * pause_s, RETRY_MAX_S)
+
+    async def _publish_pending(self) -> None:
+        """Publish what waits; what the bus has is forgotten in one transaction, also when a later one fails."""
+        done: list[int] = []
+        try:
+            for ack in await self.enforcer.pending_acks(BATCH_MAX):
+                await self._parts.bus.publish(self._parts.topics.control_policy_ack, ack.policy_id.encode(), ack.body)
+                done.append(ack.id)
+        finally:
+            if done:
+                await self.enforcer.acks_published(done)
+                self.acks_published += len(done)
 
     def figures(self) -> Figures:
         """Return this role's metrics."""
@@ -153,7 +190,7 @@ class AgentRole:
     def _prove(self, update: PolicyUpdate) -> Proven:
         """Return what the update's proof proves, in the enforcer's words."""
         try:
-            proven, effect = proof.verify_update(update, self._parts.genesis)
+            proven, effect = self._verifier.update(update)
         except proof.ProofError as error:
             kind = EpochUnknownError if error.step is proof.Step.EPOCH else ProofError
             raise kind(error.step.value, error.reason) from error
@@ -172,3 +209,10 @@ class AgentRole:
     def _seal(self, ack: Ack) -> bytes:
         nonce = self._parts.nonces.next(self._parts.clock.wall_ms())
         return codec.encode(seal(replace(ack, nonce=nonce), self._parts.key, self._domains))
+
+
+async def _read_ahead(deliveries: Subscription, waiting: asyncio.Queue[Delivery | None]) -> None:
+    """Put deliveries into a bounded queue, and None when there will be no more; a full queue makes the bus wait."""
+    async for delivery in deliveries:
+        await waiting.put(delivery)
+    await waiting.put(None)

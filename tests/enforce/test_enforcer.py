@@ -525,3 +525,34 @@ async def test_a_file_that_is_no_database_of_ours_is_named(tmp_path: Path) -> No
         State(tmp_path / "agent.sqlite")
     with pytest.raises(StateError, match="unable to open"):
         State(tmp_path / "missing" / "agent.sqlite")
+
+
+async def test_a_database_of_the_version_before_is_read_and_its_rules_are_made_again(host: Host) -> None:
+    await host.enforcer.handle(
+        [event(ttl_s=600), event("b", 2, target={"cidrs": ["198.51.100.0/24"], "ports": [80]}, ttl_s=600)]
+    )
+    before = host.installed()
+    host.state._db.execute("ALTER TABLE decisions DROP COLUMN rules")
+    host.state._db.execute("PRAGMA user_version=1")
+    await host.restart()
+    assert host.installed() == before
+
+
+async def test_a_held_decision_keeps_its_rule_over_a_restart(host: Host) -> None:
+    host.state.order_kill_switch(True)
+    await host.restart()
+    await host.enforcer.handle([event(ttl_s=600)])
+    await host.restart()
+    host.state.order_kill_switch(False)
+    await host.restart()
+    assert host.installed() == {"drop from 203.0.113.9": 600}
+
+
+async def test_a_restart_holds_what_has_become_protected_or_too_wide_meanwhile(host: Host) -> None:
+    wide = event("b", 2, target={"cidrs": ["198.51.100.0/25"]}, ttl_s=600)
+    await host.enforcer.handle([event(ttl_s=600), wide])
+    host.protected = Protected((*host.protected.networks, ("session of ops", ip_network("203.0.113.9/32"))))
+    host.limits = Limits(prefix_min_v4=26)
+    await host.restart()
+    assert host.installed() == {}
+    assert host.enforcer.status()["held"] == {"PROTECTED_TARGET": 1, "PREFIX_TOO_WIDE": 1}

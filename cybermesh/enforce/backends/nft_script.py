@@ -36,6 +36,8 @@ _SIDES: Final = {Direction.INGRESS: "in", Direction.EGRESS: "out"}
 _CHAINS: Final = {Direction.INGRESS: "ingress", Direction.EGRESS: "egress"}
 _UNITS: Final = {1: "second", 60: "minute", 3_600: "hour", 86_400: "day"}
 _NAME: Final = re.compile(r"(allow|drop|reject|limit)_(in|out)([46])_(address|protocol|port)(_area)?")
+# Names of sets by what they depend on: there are few, and a hundred thousand elements ask.
+_NAMES: Final[dict[tuple[Effect, Direction, int, bool, bool, bool], str]] = {}
 _ENDINGS: Final = {
     Effect.DROP: 'counter name "dropped" drop',
     Effect.REJECT: 'counter name "rejected" jump refuse',
@@ -68,7 +70,11 @@ REMOVE: Final = f"add table {TABLE}\ndelete table {TABLE}\n"
 
 def set_name(match: Match) -> str:
     """Return the name of the set that holds ``match``."""
-    return _lane_name(match.lane, area=match.area)
+    kind = (match.effect, match.direction, match.version, match.protocol != 0, match.first != 0, match.area)
+    name = _NAMES.get(kind)
+    if name is None:
+        name = _NAMES[kind] = _lane_name(match.lane, area=match.area)
+    return name
 
 
 def _lane_name(lane: Lane, *, area: bool) -> str:
@@ -102,7 +108,7 @@ def rebuild(elements: Collection[Element], now_ms: int) -> tuple[str, frozenset[
     # Exceptions come first in their chains, because the rules of a chain are asked in order.
     names = {_lane_name(lane, area=False): define(lane, area=False) for lane in ALLOW_LANES}
     grouped: dict[str, list[Element]] = {}
-    for element in sorted(elements):
+    for element in elements:
         if element.expires_at_ms > now_ms:
             grouped.setdefault(set_name(element.match), []).append(element)
     for name, members in grouped.items():
@@ -177,7 +183,11 @@ def _limits(elements: Iterable[Element]) -> Iterator[str]:
 
 
 def _key(match: Match) -> str:
-    text = str(ipaddress.IPv4Address(match.base) if match.version == 4 else ipaddress.IPv6Address(match.base))
+    base = match.base
+    if match.version == 4:
+        text = f"{base >> 24}.{base >> 16 & 255}.{base >> 8 & 255}.{base & 255}"
+    else:
+        text = str(ipaddress.IPv6Address(base))
     if match.length < match.bits:
         text = f"{text}/{match.length}"
     if match.shape is not Shape.ADDRESS:
@@ -307,9 +317,7 @@ def _read_key(lane: Lane, value: Any, *, area: bool) -> Match:
     parts = value["concat"] if isinstance(value, dict) and "concat" in value else [value]
     if len(parts) != {Shape.ADDRESS: 1, Shape.PROTOCOL: 2, Shape.PORT: 3}[lane.shape]:
         raise ValueError(parts)
-    address = parts[0]
-    text = f"{address['prefix']['addr']}/{address['prefix']['len']}" if isinstance(address, dict) else address
-    network = ipaddress.ip_network(text)
+    base, length = _read_address(parts[0])
     protocol = first = last = 0
     if len(parts) > 1:
         protocol = _protocol_number(parts[1])
@@ -319,13 +327,24 @@ def _read_key(lane: Lane, value: Any, *, area: bool) -> Match:
         lane.effect,
         lane.direction,
         lane.version,
-        int(network.network_address),
-        network.prefixlen,
+        base,
+        length,
         protocol,
         int(first),
         int(last),
         area,
     )
+
+
+def _read_address(address: Any) -> tuple[int, int]:
+    if isinstance(address, dict):
+        network = ipaddress.ip_network(f"{address['prefix']['addr']}/{address['prefix']['len']}")
+        return int(network.network_address), network.prefixlen
+    if ":" in address:
+        return int(ipaddress.IPv6Address(address)), 128
+    # By hand: a set may hold a hundred thousand of them, and nft has written them.
+    first, second, third, fourth = address.split(".")
+    return int(first) << 24 | int(second) << 16 | int(third) << 8 | int(fourth), 32
 
 
 def _protocol_number(value: Any) -> int:

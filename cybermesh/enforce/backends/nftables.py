@@ -8,6 +8,7 @@ No shell is involved in either. The text of the scripts is in ``nft_script``.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Collection
 from typing import Any, Final, Protocol
 
@@ -36,7 +37,7 @@ class Channel(Protocol):
         ...
 
     def announce(self, started: Callable[[int], None]) -> None:
-        """Have ``started`` told the process id of whatever else than this process makes transactions."""
+        """Have ``started`` told the id of the thread or process that makes a transaction, before it does where possible."""
         ...
 
 
@@ -58,12 +59,19 @@ class LibraryChannel:
             raise BackendError("NO_FIREWALL", f"libnftables: {fault}") from fault
         self._reader.set_json_output(True)
         self._reader.set_numeric_proto_output(True)
+        self._started: Callable[[int], None] | None = None
 
     async def run(self, script: str) -> None:
         """Run ``script`` as one transaction."""
-        code, _, error = await asyncio.to_thread(self._writer.cmd, script)
+        code, _, error = await asyncio.to_thread(self._write, script)
         if code != 0:
             raise _translated(error)
+
+    def _write(self, script: str) -> Any:
+        # The kernel calls whoever makes a transaction by the number of its thread.
+        if self._started is not None:
+            self._started(threading.get_native_id())
+        return self._writer.cmd(script)
 
     async def list_table(self) -> bytes | None:
         """Return nft's JSON of our table."""
@@ -75,7 +83,8 @@ class LibraryChannel:
         return str(output).encode()
 
     def announce(self, started: Callable[[int], None]) -> None:
-        """Nobody else makes transactions."""
+        """Tell ``started`` the number of the thread that makes a transaction, before it does."""
+        self._started = started
 
 
 class ProcessChannel:

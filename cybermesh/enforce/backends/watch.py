@@ -1,14 +1,15 @@
 """Hears from the kernel that somebody has changed nftables, so that a wiped table is repaired at once, not half a minute later.
 
-The kernel announces every committed transaction with the process that made it (linux/netfilter/nf_tables.h, NFT_MSG_NEWGEN).
-Our own are left out. Announcements can be lost when many come at once; the kernel says so, and that counts as a change.
+The kernel announces every committed transaction with the thread that made it (linux/netfilter/nf_tables.h, NFT_MSG_NEWGEN).
+Our own are left out. The announcements of single elements, thousands in a large transaction, are filtered out by the kernel, so
+that they push nothing out of the buffer; should that happen all the same, the kernel says so, and it counts as a change.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
-import os
 import socket
 import struct
 from collections import deque
@@ -26,6 +27,17 @@ _GEN_PROC_PID: Final = 2
 _HEADER: Final = struct.Struct("=IHHII")
 _FAMILY_BYTES: Final = 4
 _ATTRIBUTE: Final = struct.Struct("=HH")
+_SO_ATTACH_FILTER: Final = 26
+# Classic BPF: load the type of the message, read in network order; keep the datagram if it is NEWGEN, else drop it.
+_ONLY_NEWGEN: Final = b"".join(
+    struct.pack("=HBBI", *step)
+    for step in (
+        (0x28, 0, 0, 4),
+        (0x15, 0, 1, int.from_bytes(struct.pack("=H", _NEWGEN), "big")),
+        (0x06, 0, 0, 0xFFFF_FFFF),
+        (0x06, 0, 0, 0),
+    )
+)
 _BUFFER_BYTES: Final = 1 << 16
 _OWN_MAX: Final = 64
 
@@ -35,11 +47,12 @@ class Watch:
 
     def __init__(self) -> None:
         self._link: socket.socket | None = None
-        self._own = deque((os.getpid(),), maxlen=_OWN_MAX)
+        self._own: deque[int] = deque(maxlen=_OWN_MAX)
 
-    def own(self, pid: int) -> None:
-        """Count a program that we have started as ourselves."""
-        self._own.append(pid)
+    def own(self, number: int) -> None:
+        """Count a thread of ours, or a program that we have started, as ourselves; may be called from any thread."""
+        if number not in self._own:
+            self._own.append(number)
 
     async def wait(self) -> None:
         """Return when another process has changed something in nftables.
@@ -67,6 +80,9 @@ class Watch:
 
     def _open(self) -> socket.socket:
         link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER)
+        program = ctypes.create_string_buffer(_ONLY_NEWGEN)
+        filters = struct.pack("HP", len(_ONLY_NEWGEN) // 8, ctypes.addressof(program))
+        link.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filters)
         link.bind((0, 0))
         link.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
         self._link = link
