@@ -54,6 +54,7 @@ bench: $(STAMP)
 	@$(BIN)/cybermesh bench idle $(ARGS)
 	@$(BIN)/cybermesh bench flows $(ARGS)
 	@$(BIN)/cybermesh bench detect $(ARGS)
+	@$(BIN)/cybermesh bench logs $(ARGS)
 	@$(BIN)/cybermesh bench consensus $(ARGS)
 
 # Longer campaigns, run by hand; their figures go to docs/measurements.md with seed and commit.

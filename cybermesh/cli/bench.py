@@ -215,6 +215,21 @@ def flows(
 
 
 @app.command()
+def logs(
+    lines: Annotated[int, typer.Option(min=1_000, help="Lines of each log.")] = 200_000,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Read authentication logs into events: lines a second on one core, of failed logins, of a usual log, of hostile lines.
+
+    Rates count the reading thread's processor time and are medians of three. reading_lines_per_s takes lines out of the file
+    only; python_floor_lines_per_s is a loop that splits each line at its blanks and does nothing else.
+    """
+    from cybermesh.cli import bench_logs
+
+    _show(bench_logs.measure(lines), as_json=as_json)
+
+
+@app.command()
 def live(
     packets: Annotated[int, typer.Option(min=10_000, help="Packets to send, at least.")] = 2_000_000,
     rate: Annotated[float, typer.Option(min=0, help="Packets/s to offer; 0: as many as the sender's core can.")] = 1_000_000,

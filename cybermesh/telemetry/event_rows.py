@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import ipaddress
 from collections.abc import Sequence
+from socket import AF_INET, AF_INET6, inet_pton  # ten times as fast as ipaddress
 from typing import NamedTuple
 
 import numpy as np
@@ -60,8 +60,8 @@ def no_events() -> EventBatch:
 @functools.lru_cache(maxsize=65_536)
 def packed(text: str) -> bytes | None:
     """Return an address as its 16 bytes, IPv4 as IPv4-mapped, or None if the text is none; a zone ("%eth0") is left out."""
+    text = text.partition("%")[0]
     try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
+        return inet_pton(AF_INET6, text) if ":" in text else _MAPPED + inet_pton(AF_INET, text)
+    except (OSError, ValueError):  # ValueError: a zero byte
         return None
-    return _MAPPED + address.packed if address.version == 4 else address.packed

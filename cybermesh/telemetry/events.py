@@ -34,9 +34,10 @@ class Outcome(enum.IntEnum):
 class EventBatch:
     """Columns of n events in the order of the input.
 
-    Addresses as in ``PacketBatch``, all zero where unknown. ``destination``, ``port`` and ``protocol`` name the service;
-    of a log they are what the pattern says about it (the usual port), and ``host`` is the name of the machine that wrote the
-    line. ``service`` is ``windows.Service``. ``count`` is how many times it happened ("message repeated 5 times").
+    Addresses as in ``PacketBatch``, all zero where unknown. ``destination``, ``port`` and ``protocol`` name the service; of a
+    log, the port is the usual one of the pattern's service, and the address the one that the line tells of its server, or the
+    writer's where a line has that in place of its name. ``host`` is the name of the machine that wrote the line. ``service`` is
+    ``windows.Service``. ``count`` is how many times it happened ("message repeated 5 times").
     """
 
     ts_us: npt.NDArray[np.int64]  # microseconds since 1970

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cybermesh.cli import bench, bench_admission, bench_capture, bench_detect, bench_worker, main
+from cybermesh.cli import bench, bench_admission, bench_capture, bench_detect, bench_logs, bench_worker, main
 from cybermesh.cli.bench import _Rates, _result
 from cybermesh.cli.bench_cicflowmeter import CicFlowMeter
 from cybermesh.cli.output import CommandError
 from cybermesh.telemetry import metering
 from cybermesh.telemetry.features import COLUMN
+from cybermesh.telemetry.sources.logs import LONGEST
 
 
 def metered(path: Path) -> np.ndarray:
@@ -151,3 +152,14 @@ def test_judging_is_measured_alone_and_as_a_whole(monkeypatch: pytest.MonkeyPatc
     assert set(told) >= {"classifier_rows_per_s", "pipeline_rows_per_s", "onnx_batch_p99_ms", "model_mb"}
     assert told["with_windows_rows_per_s"] < told["pipeline_rows_per_s"]
     assert 0 < told["model_mb"] <= 1
+
+
+def test_the_logs_of_the_benchmark_are_what_it_says(tmp_path: Path) -> None:
+    found = bench_logs.measure(1_000, rounds=1)
+    assert found["lines"] == 1_000
+    assert all(isinstance(rate, (int, float)) and rate > 0 for rate in found.values())
+    path = bench_logs._write(tmp_path / "failed.log", 50, bench_logs._failed)
+    with closing(metering.reference().open_source(f"logs:{path}")) as source:
+        assert sum(map(len, source.batches())) == 50
+    path = bench_logs._write(tmp_path / "hostile.log", 3, bench_logs._hostile)
+    assert {LONGEST - 200 < len(line) <= LONGEST for line in path.read_bytes().splitlines()} == {True}

@@ -16,9 +16,10 @@ A file is a list of patterns. A pattern:
         - line: 'a line that looks like it and must not match'
           gives: null
 
-Groups: ``time`` (whole lines need it), ``source`` (the client's address), ``user`` (of web patterns: the request), ``outcome``,
-``status`` (HTTP), ``count``. A text that others choose, as a user's name, must not be able to feign another source: patterns
-are matched to the end, and what follows the name is matched from the right.
+Groups: ``time`` (whole lines need it), ``source`` (the client's address), ``destination`` (the server's, where a line tells
+it), ``user`` (of web patterns: the request), ``outcome``, ``status`` (HTTP), ``count``. A text that others choose, as a user's
+name, must not be able to feign another source: patterns are matched to the end, and what follows the name is matched from the
+right.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ DATA = Path(__file__).resolve().parents[2] / "data" / "logs"
 MONTHS = "months.yaml"
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_GROUPS = frozenset({"time", "source", "user", "outcome", "status", "count"})
+_GROUPS = frozenset({"time", "source", "destination", "user", "outcome", "status", "count"})
 _REQUIRED = frozenset({"name", "kind", "service", "literal", "pattern", "tests"})
 _KEYS = _REQUIRED | {"program", "port", "outcome", "outcomes"}
 _KINDS = {"login": EventKind.LOGIN, "web": EventKind.WEB}

@@ -16,6 +16,7 @@ _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
 _AHEAD = datetime.timedelta(days=1)
 _CACHE_MAX = 4096
+_CLASSIC, _SECOND_US, _LEAP = 15, 1_000_000, 60  # "Nov 20 21:16:58"
 _CLOCK = r"(?P<clock>\d\d:\d\d:\d\d)(?:[.,](?P<fraction>\d{1,9}))?"
 _ZONE = r"(?: ?(?P<zone>Z|[A-Z]{2,5}|[+-]\d\d:?\d\d|[+-]\d\d))?"
 # The texts come out of patterns matched in linear time and are short; these have no nested repetition.
@@ -40,19 +41,25 @@ class LogTimes:
     def refer_to(self, seconds: float) -> None:
         """Set the reference for times without a year, in seconds since 1970."""
         reference = datetime.datetime.fromtimestamp(min(max(seconds, 0.0), 2e11), datetime.UTC)
-        if reference.date() != self._reference.date() or len(self._known) > _CACHE_MAX:
+        if reference.date() != self._reference.date():
             self._known.clear()
         self._reference = reference
 
     def read(self, text: bytes) -> int | None:
         """Return the time in microseconds since 1970, or None if the text is none."""
+        if len(text) == _CLASSIC and text[12:13] == b":" and text[13:].isdigit():  # parsed once a minute
+            minute = self._read(text[:13] + b"00")
+            return None if minute is None else minute + _SECOND_US * min(int(text[13:]), _LEAP - 1)
+        return self._read(text)
+
+    def _read(self, text: bytes) -> int | None:
         try:
             return self._known[text]
         except KeyError:
             pass
-        found = self._parse(text)
-        if len(self._known) < _CACHE_MAX:
-            self._known[text] = found
+        if len(self._known) >= _CACHE_MAX:
+            self._known.clear()
+        found = self._known[text] = self._parse(text)
         return found
 
     def _parse(self, text: bytes) -> int | None:
@@ -73,7 +80,7 @@ class LogTimes:
         month = int(parts["month"]) if parts["month"].isdecimal() else self._months.get(parts["month"].casefold(), 0)
         hour, minute, second = map(int, parts["clock"].split(":"))
         micros = int((parts["fraction"] or "0").ljust(6, "0")[:6])
-        clock = (hour, minute, min(second, 59), micros)  # a leap second is the one before it
+        clock = (hour, minute, min(second, _LEAP - 1), micros)  # a leap second is the one before it
         if parts.get("year"):
             return datetime.datetime(int(parts["year"]), month, int(parts["day"]), *clock, tzinfo=_zone(parts.get("zone")))
         return self._with_year(month, int(parts["day"]), clock)

@@ -36,9 +36,9 @@ _FIRST_ERROR = 400
 _SUCCESS, _FAILURE = int(Outcome.SUCCESS), int(Outcome.FAILURE)
 
 
-# Plain tuples, because there is one of each for every line. An event: time, number of its pattern, source, outcome, status,
-# count, host, text. An envelope: time, host, program, message.
-Found: TypeAlias = tuple[int, int, bytes, int, int, int, bytes, bytes]
+# Plain tuples, because there is one of each for every line. An event: time, number of its pattern, source, destination,
+# outcome, status, count, host, text. An envelope: time, host, program, message.
+Found: TypeAlias = tuple[int, int, bytes, bytes, int, int, int, bytes, bytes]
 _Envelope: TypeAlias = tuple[bytes, bytes, bytes, bytes]
 
 
@@ -48,6 +48,7 @@ class _Groups:
 
     time: int
     source: int
+    destination: int
     user: int
     outcome: int
     status: int
@@ -100,14 +101,14 @@ class LogMatcher:
 
     def columns(self, rows: Sequence[Found]) -> EventBatch:
         """Return events, at least one, as columns."""
-        ts_us, pattern, source, outcome, status, count, host, text = zip(*rows, strict=True)
+        ts_us, pattern, source, destination, outcome, status, count, host, text = zip(*rows, strict=True)
         constants = self._constants[np.array(pattern, np.intp)]
         return EventBatch(
             ts_us=np.array(ts_us, np.int64),
             kind=constants[:, 0].astype(np.uint8),
             outcome=np.array(outcome, np.uint8),
             source=np.frombuffer(b"".join(source), np.uint8).reshape(-1, 16),
-            destination=np.zeros((len(rows), 16), np.uint8),
+            destination=_destinations(destination, host),
             port=constants[:, 1].astype(np.uint16),
             protocol=constants[:, 2].astype(np.uint8),
             service=constants[:, 3].astype(np.uint8),
@@ -142,11 +143,15 @@ class LogMatcher:
             source = _address(text[begin:end])
             if source is None:
                 return NO_ADDRESS
+        destination = NOWHERE
+        if groups.destination:
+            begin, end = spans[groups.destination]
+            destination = packed(text[begin:end].decode("ascii", "replace")) or NOWHERE
         begin, end = spans[groups.user]
         user = text[begin:end] if groups.user and begin >= 0 else b""
         outcome, status, count = self._fixed[number] or self._result(number, text, spans)
         assert source is not None
-        return when, number, source, outcome, status, count, host, user
+        return when, number, source, destination, outcome, status, count, host, user
 
     def _result(self, number: int, text: bytes, spans: list[tuple[int, int]]) -> tuple[int, int, int]:
         """Return outcome, status and count of a match."""
@@ -173,8 +178,15 @@ class LogMatcher:
 
 def _times(found: Found, count: int) -> Found:
     """Return an event that happened so many times more often."""
-    ts_us, number, source, outcome, status, once, host, user = found
-    return ts_us, number, source, outcome, status, once * count, host, user
+    *before, once, host, user = found
+    return (*before, once * count, host, user)  # type: ignore[return-value]
+
+
+def _destinations(told: Sequence[bytes], hosts: Sequence[bytes]) -> npt.NDArray[np.uint8]:
+    """Return the address of the machine that was asked: as the line tells it, or its writer's where that is an address."""
+    known = {host: packed(host.decode("ascii", "replace")) or NOWHERE for host in set(hosts)}
+    chosen = b"".join(each if each != NOWHERE else known[host] for each, host in zip(told, hosts, strict=True))
+    return np.frombuffer(chosen, np.uint8).reshape(-1, 16)
 
 
 def _texts(raw: Sequence[bytes]) -> npt.NDArray[np.object_]:

@@ -8,6 +8,7 @@ import ipaddress
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,10 +52,11 @@ def one(line: str | bytes) -> dict[str, str]:
 
 
 def described(events: EventBatch, row: int = 0) -> dict[str, str]:
-    source = ipaddress.IPv6Address(events.source[row].tobytes())
+    source, destination = (ipaddress.IPv6Address(column[row].tobytes()) for column in (events.source, events.destination))
     when = datetime.datetime.fromtimestamp(0, datetime.UTC) + datetime.timedelta(microseconds=int(events.ts_us[row]))
     return {
         "source": str(source.ipv4_mapped or source),
+        "destination": str(destination.ipv4_mapped or destination),
         "user": events.text[row],
         "time": when.isoformat(timespec="microseconds").replace("+00:00", "Z"),
         "outcome": Outcome(events.outcome[row]).name.lower(),
@@ -130,6 +132,14 @@ def test_a_time_that_is_none_is_counted(stamp: str) -> None:
     assert counters.skipped == {"time cannot be read": 1}
 
 
+def test_every_second_of_a_long_log_has_its_time() -> None:
+    lines = [f"Nov 20 {n // 3600:02}:{n // 60 % 60:02}:{n % 60:02} gate sshd[1]: {FAILED}" for n in range(3 * 3600)]
+    events, _ = read(*lines)
+    assert events is not None
+    assert set(np.diff(events.ts_us).tolist()) == {1_000_000}
+    assert one(lines[0].replace("00:00:00", "23:59:60"))["time"].endswith("T23:59:59.000000Z")  # a leap second
+
+
 def test_a_log_read_after_new_year_has_its_december_in_the_old_year() -> None:
     january = datetime.datetime(2027, 1, 1, 0, 5, tzinfo=datetime.UTC).timestamp()
     events, _ = read(f"Dec 31 23:59:59 gate sshd[1]: {FAILED}", f"Jan  1 00:00:01 gate sshd[1]: {FAILED}", at=january)
@@ -163,6 +173,21 @@ def test_bytes_that_are_no_text_hide_nothing() -> None:
 def test_ipv6_sources_are_read(address: str) -> None:
     expected = {"::ffff:203.0.113.66": "203.0.113.66", "fe80::1%eth0": "fe80::1"}.get(address, address)
     assert one(f"Nov 20 21:16:58 gate sshd[1]: Failed password for x from {address} port 1 ssh2")["source"] == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("192.0.2.22", "192.0.2.22"), ("2001:db8::22", "2001:db8::22"), ("gate", "::"), ("gate.example", "::")],
+)
+def test_the_server_is_known_where_its_address_stands_for_its_name(host: str, expected: str) -> None:
+    for stamp in ("Nov 20 21:16:58", "2026-11-20T21:16:58Z"):
+        assert one(f"{stamp} {host} sshd[1]: {FAILED}")["destination"] == expected
+
+
+def test_a_server_that_a_line_names_goes_before_the_writer() -> None:
+    line = "Nov 20 21:16:58 192.0.2.9 dovecot: imap-login: Login: user=<a>, rip=192.0.2.7, lip=192.0.2.1"
+    assert one(line)["destination"] == "192.0.2.1"
+    assert one(line.replace("lip=192.0.2.1", "lip=nonsense"))["destination"] == "192.0.2.9"
 
 
 def test_a_source_that_is_no_address_is_counted() -> None:
