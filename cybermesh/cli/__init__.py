@@ -43,6 +43,7 @@ COMMANDS = {
     "verify": Command("verify", "verify", "Check a decision proof offline."),
     "enforce": Command("enforce", "enforce", "Look at and steer this host's firewall rules."),
     "dlq": Command("dlq", "dlq", "List, show and replay messages that validators refused."),
+    "consensus": Command("consensus", "app", "Show where a running validator stands."),
     "simulate": Command("simulate", "simulate", "Run consensus against seeded faults."),
     "migrate": Command("migrate", "app", "Bring a shared database to this version's schema."),
     "keys": Command("keys", "keys", "Generate and show keys."),

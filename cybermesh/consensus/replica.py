@@ -50,7 +50,7 @@ from cybermesh.consensus.execution import Draft, Outlook
 from cybermesh.consensus.pacemaker import Pacemaker
 from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.safety import SafetyRules
-from cybermesh.consensus.sync import CatchUp, Muster, PeerLimit, with_certificates
+from cybermesh.consensus.sync import CatchUp, Muster, PeerBudget, PeerLimit, with_certificates
 from cybermesh.consensus.types import (
     Block,
     BlockHash,
@@ -98,10 +98,11 @@ class Replica(Generic[S]):
         self._catch_up = CatchUp(parts.committee.n, parts.index, patience_ms=2 * timing.base_ms, delay_ms=timing.base_ms // 10)
         self._sync_limit = PeerLimit(timing.base_ms // 4)
         self._blocks_limit = PeerLimit(1)
-        self._urge_limit = PeerLimit(timing.base_ms)
+        self._urge_limit = PeerBudget(2 * parts.committee.n, max(1, timing.heartbeat_ms // 2))
         self._forward_limit = PeerLimit(timing.forward_ms // 2)
         self._muster = Muster(parts.committee.quorum, parts.index, now.mono_ms)
-        self._is_judged = self._is_urged = self._has_given_up = self._is_over = False
+        self._is_judged = self._is_urged = self._is_over = False
+        self._times_given_up = 0
         self._ahead: set[int] = set()
         self._now = now
         self._effects: list[Effect[S]] = []
@@ -118,7 +119,7 @@ class Replica(Generic[S]):
     @property
     def leader(self) -> int:
         """The leader of the current round."""
-        return self._leader(self.round)
+        return self._chain.leader(self.round)
 
     @property
     def high_qc(self) -> QuorumCert:
@@ -133,7 +134,7 @@ class Replica(Generic[S]):
     @property
     def waiting_for(self) -> str | None:
         """What keeps the node from taking full part, None when nothing does."""
-        if not self._safety.is_open:
+        if not self._safety.is_open or self._times_given_up > 2:
             return "a quorum"
         return None if self._catch_up.wanted is None else "missing blocks"
 
@@ -222,7 +223,7 @@ class Replica(Generic[S]):
         is_late = block.round < self.round
         if is_late and (block.hash != self._high_qc.block_hash or block.hash in self._tree):
             return
-        if self._is_refused(sender, self._verifier.proposal_fault(block, self._leader(block.round))):
+        if self._is_refused(sender, self._verifier.proposal_fault(block, self._chain.leader(block.round))):
             return
         self._learn_qc(block.qc)
         if block.tc is not None:
@@ -253,7 +254,7 @@ class Replica(Generic[S]):
             return
         self._is_urged |= self._urge_limit.allows(sender, self._now.mono_ms)
         self._conclude(self._collector.add_timeout(timeout))  # R6
-        if self._collector.timeouts > self._committee.f and not self._has_given_up:
+        if self._collector.timeouts > self._committee.f and not self._times_given_up:
             self._give_up()  # R4: at least one of them is honest
 
     def _conclude(self, result: QuorumCert | TimeoutCert | Evidence | None) -> None:
@@ -359,7 +360,8 @@ class Replica(Generic[S]):
             return
         self._pacemaker.enter(round_)  # R1
         self._own.extend(self._collector.enter(round_))
-        self._is_judged = self._is_urged = self._has_given_up = False
+        self._is_judged = self._is_urged = False
+        self._times_given_up = 0
         self._tree.prune(self._high_qc.block_hash, Round(round_ - 2 * self._committee.n))
 
     def _commit(self, qc: QuorumCert, block_hash: BlockHash, above: Sequence[Header] = ()) -> None:
@@ -467,7 +469,7 @@ class Replica(Generic[S]):
 
     def _give_up(self) -> None:
         """Give up the round, or say so again, and wait another timer's length (R4)."""
-        self._has_given_up = True
+        self._times_given_up += 1
         self._pacemaker.rearm(self._now.mono_ms, self._high_qc.round)
         signed = self._safety.timeout(self.round, self._high_qc, self._last_tc)
         self._emit(signed)
@@ -489,9 +491,6 @@ class Replica(Generic[S]):
         if signed is not None:
             self._effects.extend(signed[0])
             self._own.append(signed[1])
-
-    def _leader(self, round_: Round) -> int:
-        return self._chain.leader(round_)
 
     def _is_refused(self, sender: int, fault: str | None) -> bool:
         if fault is not None:

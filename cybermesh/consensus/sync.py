@@ -113,6 +113,23 @@ class PeerLimit:
         return True
 
 
+class PeerBudget:
+    """At most ``capacity`` favours per peer at once, and one more for every ``refill_ms`` that pass."""
+
+    def __init__(self, capacity: int, refill_ms: int) -> None:
+        self._full_ms = capacity * refill_ms
+        self._refill_ms = refill_ms
+        self._credit_ms: dict[int, tuple[int, int]] = {}
+
+    def allows(self, peer: int, now_ms: int) -> bool:
+        """Return whether the peer has a favour left, and count it as done if so."""
+        credit_ms, since_ms = self._credit_ms.get(peer, (self._full_ms, now_ms))
+        credit_ms = min(self._full_ms, credit_ms + now_ms - since_ms)
+        is_allowed = credit_ms >= self._refill_ms
+        self._credit_ms[peer] = (credit_ms - self._refill_ms if is_allowed else credit_ms, now_ms)
+        return is_allowed
+
+
 def pack(epoch: int, blocks: Sequence[Block], certificate: QuorumCert) -> Blocks | None:
     """Return as many of the consecutive ``blocks`` as one answer holds; ``certificate`` is over the last of them.
 

@@ -23,7 +23,7 @@ from cybermesh.bus.topics import Topics, validator_group
 from cybermesh.consensus.certificates import Signer
 from cybermesh.consensus.codec import encode_evidence
 from cybermesh.consensus.committee import Committee, faults
-from cybermesh.consensus.driver import Driver, SafetyFile, Shell, Status
+from cybermesh.consensus.driver import Counters, Driver, SafetyFile, Shell, Status
 from cybermesh.consensus.events import Commit, SafetyRecord
 from cybermesh.consensus.journal import Journal, JournalError, KeyInUseError, MemoryJournal, standing
 from cybermesh.consensus.leader import Reputation
@@ -103,6 +103,23 @@ def _committee(genesis: Genesis) -> Committee:
     return Committee.of(genesis.chain_id, (member.pubkey for member in genesis.validators))
 
 
+def consensus_figures(counters: Counters, status: Status) -> Figures:
+    """Return what consensus tells of itself."""
+    return {
+        "validator_round": status.round,
+        "validator_height_blocks": status.height,
+        "validator_mempool_transactions": status.mempool,
+        "validator_voting": int(status.problem is None),
+        "validator_leader": status.leader,
+        "validator_proposals_total": counters.sent["proposal"],
+        "validator_votes_total": counters.sent["vote"],
+        "validator_timeouts_total": counters.sent["timeout"],
+        "validator_blocks_total": counters.blocks,
+        "validator_commit_latency_milliseconds_total": counters.commit_latency_ms,
+        "validator_consensus_refused_total": counters.refused.total(),
+    }
+
+
 class NotAMemberError(Exception):
     """The key of this node is not in the committee."""
 
@@ -141,7 +158,7 @@ class ValidatorRole:
 
     def figures(self) -> Figures:
         """Return this role's metrics."""
-        found = {
+        found: dict[str, float] = {
             "validator_admitted_total": self.messages.admitted,
             "validator_duplicates_total": self.messages.duplicates,
             "validator_refused_total": self.messages.refused.total(),
@@ -152,12 +169,7 @@ class ValidatorRole:
         if self._driver is not None:
             status = self.status
             assert status is not None
-            found |= {
-                "validator_round": status.round,
-                "validator_height_blocks": status.height,
-                "validator_mempool_transactions": status.mempool,
-                "validator_voting": int(status.problem is None),
-            }
+            found |= consensus_figures(self._driver.counters, status)
         return found
 
     @property

@@ -23,7 +23,7 @@ from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.simulator.application import LogApplication, LogState
 from cybermesh.consensus.transport import Kind
 from cybermesh.consensus.transport.memory import MemoryNetwork
-from cybermesh.consensus.types import Block, Evidence, GetBlocks, Height, QuorumCert
+from cybermesh.consensus.types import Block, Evidence, Forward, GetBlocks, Height, QuorumCert, Round
 from cybermesh.keys import SigningKey, verify
 
 pytestmark = pytest.mark.looptime
@@ -433,3 +433,42 @@ async def test_a_storm_of_questions_from_one_validator_leaves_room_for_another(c
         release.set()
         await asyncio.sleep(0.01)
         assert driver.counters.sent[Kind.BLOCKS.value] - before == 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 7, 31])
+async def test_committees_of_any_size_commit(tmp_path: Path, n: int):
+    cluster = Cluster(tmp_path, n)
+    async with cluster.running(*range(n)):
+        await settle()
+        for number in range(3):
+            cluster.submit(b"tx %d" % number, number % n)
+            await cluster.until_committed(b"tx %d" % number, *range(n))
+        assert {driver.status.problem for driver in cluster.drivers.values()} == {None}
+    cluster.assert_agreement()
+
+
+async def test_a_node_says_so_when_the_quorum_is_lost_and_when_it_is_back(cluster: Cluster):
+    async with cluster.running(0, 1):
+        async with cluster.running(2):
+            await settle()
+            assert cluster.drivers[0].status.problem is None
+        cluster.submit(b"waits", 0)
+        await asyncio.sleep(2)
+        assert cluster.drivers[0].status.problem == "waiting for a quorum"
+        async with cluster.running(2):
+            await cluster.until_committed(b"waits", 0, 1, 2)
+            assert cluster.drivers[0].status.problem is None
+
+
+async def test_a_peer_that_urges_without_end_gets_few_blocks_for_it(cluster: Cluster):
+    """Forwards of junk, of the current round, every ten milliseconds of a minute: an idle chain stays nearly idle."""
+    async with cluster.running(0, 1, 2):
+        await settle()
+        with cluster.network.endpoint(3) as culprit:
+            before = cluster.drivers[0].status.height
+            for _ in range(6_000):
+                await asyncio.sleep(0.01)
+                round_ = cluster.drivers[0].status.round
+                for peer in range(3):
+                    culprit.send(peer, Kind.FORWARD, encode_message(Forward(1, Round(round_), b"")))
+            assert cluster.drivers[0].status.height - before < 120

@@ -9,6 +9,7 @@ from cybermesh.consensus.sync import (
     ANSWER_BLOCKS_MAX,
     CatchUp,
     Muster,
+    PeerBudget,
     PeerLimit,
     pack,
     splice,
@@ -113,3 +114,12 @@ def test_a_muster_counts_validators_not_answers_and_asks_again():
     assert muster.highest(Round(2)) is None
     muster.report(2, Round(1))
     assert muster.highest(Round(2)) == 5
+
+
+def test_a_budget_runs_out_and_refills_with_time():
+    budget = PeerBudget(3, 100)
+    assert [budget.allows(1, 0) for _ in range(5)] == [True] * 3 + [False] * 2
+    assert budget.allows(2, 0)
+    assert not budget.allows(1, 99)
+    assert budget.allows(1, 100)
+    assert [budget.allows(1, 10_000) for _ in range(5)] == [True] * 3 + [False] * 2
