@@ -1,4 +1,4 @@
-"""One suite over every source of files: batches, positions, masks, counters, and inputs that are not what they should be."""
+"""One suite over every source of files and pipes: batches, positions, masks, counters, and inputs that are not sound."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from tests.telemetry import frames
 from tests.telemetry.sources import captures
 
 COUNT = 40  # records in an example
+Header: TypeAlias = Callable[[], bytes]
+Table: TypeAlias = Callable[[FlowBatch], bytes]
 
 
 def _pcap() -> bytes:
@@ -38,7 +41,18 @@ def _pcap() -> bytes:
     return captures.pcap([(1_700_000_000_000_000 + n * 1000, packet(n)) for n in range(COUNT)])
 
 
-def _csv(tmp_path: Path) -> bytes:
+def _pcapng() -> bytes:
+    frame = frames.ethernet(frames.ipv4(17, frames.udp(1000, 53, b"q")))
+    blocks = [captures.enhanced(1_700_000_000_000_000 + n, frame) for n in range(COUNT)]
+    return captures.section() + captures.interface() + b"".join(blocks)
+
+
+def _web() -> bytes:
+    line = '203.0.113.{} - - [20/Nov/2026:21:16:{:02d} +0000] "GET /{} HTTP/1.1" 404 153 "-" "curl"\n'
+    return "".join(line.format(n, n, n) for n in range(COUNT)).encode()
+
+
+def _csv(tmp_path: Path, header: Header = flow_rows.csv_header, table: Table = flow_rows.csv_rows) -> bytes:
     path = tmp_path / "for-csv.pcap"
 
     def packet(n: int) -> bytes:
@@ -51,7 +65,7 @@ def _csv(tmp_path: Path) -> bytes:
             assert isinstance(batch, PacketBatch)
             meter.add(batch)
     path.unlink()
-    return flow_rows.csv_header() + flow_rows.csv_rows(meter.flush())
+    return header() + table(meter.flush())
 
 
 def _zeek(n: int) -> dict[str, object]:
@@ -118,10 +132,14 @@ KINDS = [
     Kind("zeek", lambda _: _zeek_dns(), (DnsBatch,)),
     Kind("eve", lambda _: _eve(), (FlowBatch, DnsBatch, EventBatch)),
     Kind("logs", lambda _: _log(), (EventBatch,)),
+    Kind("logs", lambda _: _web(), (EventBatch,)),
+    Kind("csv", lambda folder: _csv(folder, flow_rows.cic_header, flow_rows.cic_rows), (FlowBatch,)),
+    Kind("csv", lambda folder: _csv(folder, flow_rows.original_header, flow_rows.original_rows), (FlowBatch,)),
+    Kind("pcap", lambda _: _pcapng(), (PacketBatch,), is_text=False),
 ]
-IDS = ["pcap", "csv", "zeek-tsv", "zeek-json", "zeek-dns", "eve", "logs"]
+IDS = ["pcap", "csv", "zeek-tsv", "zeek-json", "zeek-dns", "eve", "logs", "web", "csv-2022", "csv-2017", "pcapng"]
 TEXT = [kind for kind in KINDS if kind.is_text]
-TEXT_IDS = IDS[1:]
+TEXT_IDS = IDS[1:-1]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=IDS)
 
 
@@ -257,7 +275,7 @@ def test_damaged_records_are_counted_by_reason_and_the_rest_is_read(kind: Kind, 
     assert found == counters.metered >= COUNT - 3
 
 
-@each_kind
+@pytest.mark.parametrize("kind", KINDS[:7], ids=IDS[:7])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_hostile_bytes_never_raise_past_the_source(kind: Kind, tmp_path: Path, data: st.DataObject) -> None:
@@ -303,6 +321,45 @@ def _content(kind: Kind, folder: Path) -> bytes:
     if key not in _CONTENT:
         _CONTENT[key] = kind.content(folder)
     return _CONTENT[key]
+
+
+@each_kind
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+def test_standard_input_is_read_to_its_end(kind: Kind, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(kind, tmp_path)
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    with path.open() as standard:
+        monkeypatch.setattr("sys.stdin", standard)
+        with opened(f"{kind.name}:-", block=7) as source:
+            batches = list(source.batches())
+    assert sum(map(len, batches)) == COUNT == source.counters.metered
+    assert max(map(len, batches)) <= 7
+    assert (source.name, source.counters.ended) == ("standard input", "")
+
+
+@each_kind
+def test_rows_and_packets_have_limits_of_their_own(kind: Kind, tmp_path: Path) -> None:
+    path = write(kind, tmp_path)
+    with opened(f"{kind.name}:{path}", block=1000, rows=7) as source:
+        sizes = list(map(len, source.batches()))
+    assert sum(sizes) == COUNT
+    assert max(sizes) <= (7 if kind.is_text else 1000)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_a_followed_capture_or_text_goes_on_where_it_was_after_a_restart(kind: Kind, tmp_path: Path) -> None:
+    content, path = kind.content(tmp_path), tmp_path / "growing"
+    cut = len(content) * 2 // 3
+    path.write_bytes(content[:cut])
+    found, position = 0, ""
+    for more in (b"", content[cut : cut + 10], content[cut + 10 :]):
+        with path.open("ab") as file:
+            file.write(more)
+        with opened(f"{kind.name}:{path}", follow=True, position=position) as source:
+            found += sum(map(len, itertools.takewhile(len, source.batches())))
+            position = source.position
+    assert found == COUNT
 
 
 @pytest.mark.parametrize("kind", TEXT, ids=TEXT_IDS)
