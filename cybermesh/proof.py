@@ -37,7 +37,7 @@ from cybermesh.consensus.types import (
 from cybermesh.genesis import Genesis
 from cybermesh.keys import verify
 from cybermesh.ledger import encoding
-from cybermesh.ledger.merkle import AppendedHashes, inclusion_path, root_from_inclusion
+from cybermesh.ledger.merkle import AppendedHashes, inclusion_path, leaf_hash, root_from_inclusion
 from cybermesh.ledger.receipts import Change, DecisionEffect, Receipt
 from cybermesh.ledger.state import Applied, state_root
 from cybermesh.messages import PolicyAction, PolicyUpdate
@@ -145,12 +145,24 @@ class Proven:
         return next((effect for effect in self.receipt.decisions if effect.decision_seq == decision_seq), None)
 
 
+class Places:
+    """Where the receipts of a block just executed lie in the log; needs nothing but the block's outcome."""
+
+    def __init__(self, applied: Applied) -> None:
+        self._applied = applied
+        self._hashes = AppendedHashes(applied.log_before, [leaf_hash(body) for body in applied.bodies])
+
+    def at(self, position: int) -> Included:
+        """Place the receipt at ``position`` of the block."""
+        applied = self._applied
+        index, size = applied.log_before.size + position, applied.state.log.size
+        path = inclusion_path(index, size, self._hashes)
+        return Included(applied.receipts[position], index, size, path, applied.state.digest)
+
+
 def included(applied: Applied, position: int) -> Included:
-    """Place the receipt at ``position`` of a block just executed; needs nothing but the block's outcome."""
-    before, receipts = applied.log_before, applied.receipts
-    hashes = AppendedHashes(before, [receipt.leaf for receipt in receipts])
-    index, size = before.size + position, applied.state.log.size
-    return Included(receipts[position], index, size, inclusion_path(index, size, hashes), applied.state.digest)
+    """Place one receipt of a block just executed; for several of one block make ``Places`` once."""
+    return Places(applied).at(position)
 
 
 def prove(headers: Sequence[Header], certificate: QuorumCert, place: Included, quorum: int) -> bytes:

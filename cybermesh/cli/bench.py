@@ -281,6 +281,36 @@ class _Captures(NamedTuple):
     short_packets: int
 
 
+@app.command()
+def ledger(
+    blocks: Annotated[int, typer.Option(min=3, help="Blocks of 1,000 transactions timed at each point.")] = 12,
+    audited: Annotated[int, typer.Option(min=2, help="Blocks of the chain that is audited.")] = 20,
+    points: Annotated[str, typer.Option(help="Lengths of the history in blocks, ascending.")] = "1000,100000,1000000",
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="Where the databases go; a gigabyte at a million blocks.")
+    ] = None,
+    as_json: output.JsonOption = False,
+) -> None:
+    """Measure executing and storing blocks at growing histories, an audit, and a proof.
+
+    Example: cybermesh bench ledger --json
+    """
+    from cybermesh.cli import bench_ledger
+
+    try:
+        lengths = [int(text) for text in points.split(",")]
+    except ValueError as error:
+        raise output.CommandError(f"--points {points}: not numbers with commas between them", 2) from error
+    if lengths != sorted(set(lengths)) or lengths[0] < 0:
+        raise output.CommandError(f"--points {points}: not ascending", 2)
+    result = bench_ledger.run(blocks, lengths, audited, folder)
+    if as_json:
+        output.emit_one(result)
+    else:
+        for name, value in result.items():
+            sys.stdout.write(f"{name:32} {value}\n")
+
+
 def _make(folder: Path, packets: int) -> _Captures:
     from cybermesh.cli import bench_capture
     from cybermesh.cli.bench_cicflowmeter import CAPTURE_PACKETS

@@ -99,11 +99,15 @@ class LeafHashes:
 
 
 class AppendedHashes:
-    """What a log knows right after an append: the old frontier and the leaves added. Enough to prove the added ones."""
+    """What a log knows right after an append: the old frontier and the leaves added. Enough to prove the added ones.
+
+    Subtrees are remembered, so proving every leaf of a block costs the block once.
+    """
 
     def __init__(self, before: Frontier, added: Sequence[bytes]) -> None:
         self._before = before
-        self._added = LeafHashes(added)
+        self._added = added
+        self._known: dict[tuple[int, int], bytes] = {}
 
     def over(self, start: int, end: int) -> bytes:
         """Return the root over [start, end); ranges inside the old log are known only where they are its peaks.
@@ -112,16 +116,18 @@ class AppendedHashes:
             LookupError: the range lies inside the old log and is none of its peaks.
         """
         size = self._before.size
-        # Added leaves lie at an offset, so their subtrees are split by absolute position, not by the memo's own.
         if end <= size:
             peak = self._before.peak_range(start, end)
             if peak is None:
                 raise LookupError(f"entries {start} to {end} lie before the append")
             return peak
         if end - start == 1:
-            return self._added.over(start - size, end - size)
-        middle = start + _split(end - start)
-        return node_hash(self.over(start, middle), self.over(middle, end))
+            return self._added[start - size]
+        known = self._known.get((start, end))
+        if known is None:
+            middle = start + _split(end - start)
+            known = self._known[start, end] = node_hash(self.over(start, middle), self.over(middle, end))
+        return known
 
 
 def inclusion_path(index: int, size: int, hashes: Hashes) -> tuple[bytes, ...]:

@@ -23,7 +23,7 @@ from cybermesh.ledger.draft import EMPTY_REGISTERS, Draft
 from cybermesh.ledger.index import Index
 from cybermesh.ledger.keyring import first_ring
 from cybermesh.ledger.lattice import LatticeHash
-from cybermesh.ledger.merkle import Frontier
+from cybermesh.ledger.merkle import Frontier, leaf_hash
 from cybermesh.ledger.nonces import use_nonce
 from cybermesh.ledger.operators import reduce_operator
 from cybermesh.ledger.receipts import JUNK, Code, Kind, Receipt
@@ -58,13 +58,15 @@ class InvalidBlock:
 class Applied:
     """A block's outcome. ``rules`` holds, by decision number, the ``rule_data`` of every decision effect of the block.
 
-    ``log_before`` is the log that the receipts were appended to: with it each of them can be proved at once.
+    ``log_before`` is the log that the receipts were appended to: with it each of them can be proved at once. ``bodies`` are the
+    receipts' bytes, the leaves, made once for everybody who needs them.
     """
 
     state: State
     receipts: tuple[Receipt, ...]
     rules: Mapping[int, bytes]
     log_before: Frontier
+    bodies: tuple[bytes, ...]
 
     @property
     def has_system_receipts(self) -> bool:
@@ -154,8 +156,9 @@ class State:
             for raw, message, code in zip(block.transactions, messages, codes, strict=True)
         ]
         receipts += run_timers(draft)
-        state = _finished(draft, self.lattice, self.log, receipts)
-        return Applied(state, tuple(receipts), draft.published, self.log)
+        bodies = tuple(receipt.encode() for receipt in receipts)
+        state = _finished(draft, self.lattice, self.log, [leaf_hash(body) for body in bodies])
+        return Applied(state, tuple(receipts), draft.published, self.log, bodies)
 
 
 def size_fault(genesis: Genesis, transactions: Sequence[bytes]) -> str | None:
@@ -229,7 +232,6 @@ def _transaction_receipt(draft: Draft, message: SignedMessage, digest: bytes, co
     )
 
 
-def _finished(draft: Draft, lattice: LatticeHash, log: Frontier, receipts: Sequence[Receipt]) -> State:
+def _finished(draft: Draft, lattice: LatticeHash, log: Frontier, leaves: Sequence[bytes]) -> State:
     parts = draft.finish(release_due_ms(draft))
-    leaves = [receipt.leaf for receipt in receipts]
     return State(draft.genesis, parts.tables, parts.index, lattice.updated(parts.removed, parts.added), log.append(leaves))

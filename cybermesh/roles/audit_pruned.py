@@ -90,7 +90,7 @@ class PrunedChain:
                 receipt = receipts.decode(entry.body)
             except receipts.ReceiptError as error:
                 found("receipts", key_of(entry), "changed", row.height, f"column body: {error}")
-            if entry != records.stored_receipt(receipt, number):
+            if entry != records.stored_receipt(receipt, number, entry.body):
                 found("receipts", key_of(entry), "changed", row.height, "its columns are not those of its body")
             leaves.append(receipt.leaf)
         self._log = self._log.append(leaves)

@@ -100,9 +100,9 @@ class Proof:
     headers: Sequence[Header]
     certificate: QuorumCert
 
-    def prove(self, applied: Applied, position: int, members: int) -> bytes:
-        """Return the proof of the receipt at a position of the first block; ``members`` is the size of the committee."""
-        return proof.prove(self.headers, self.certificate, proof.included(applied, position), quorum(members))
+    def prove(self, place: proof.Included, members: int) -> bytes:
+        """Return the proof of a receipt of the first block; ``members`` is the size of the committee."""
+        return proof.prove(self.headers, self.certificate, place, quorum(members))
 
 
 def _epoch_change(
@@ -157,7 +157,9 @@ def of_block(block: Block, applied: Applied, genesis: Genesis, moment: Moment) -
         transactions=tuple(
             StoredTransaction(header.height, position, tx_digest(raw), raw) for position, raw in enumerate(block.payload)
         ),
-        receipts=tuple(stored_receipt(receipt, first_leaf + index) for index, receipt in enumerate(applied.receipts)),
+        receipts=tuple(
+            stored_receipt(receipt, first_leaf + index, applied.bodies[index]) for index, receipt in enumerate(applied.receipts)
+        ),
         decisions=tuple(
             decision
             for index, receipt in enumerate(applied.receipts)
@@ -184,9 +186,9 @@ def stored_ack(ack: Ack, body: bytes) -> StoredAck:
     )
 
 
-def stored_receipt(receipt: Receipt, leaf: int) -> StoredReceipt:
-    """Return a receipt as a row."""
-    return StoredReceipt(leaf, receipt.height, receipt.kind.value, receipt.id, receipt.code.value, receipt.encode())
+def stored_receipt(receipt: Receipt, leaf: int, body: bytes) -> StoredReceipt:
+    """Return a receipt, whose bytes are ``body``, as a row."""
+    return StoredReceipt(leaf, receipt.height, receipt.kind.value, receipt.id, receipt.code.value, body)
 
 
 def stored_decisions(receipt: Receipt, leaf: int, rules: Mapping[int, bytes]) -> list[StoredDecision]:
@@ -245,10 +247,11 @@ def events_of(block: Block, applied: Applied, evidence: Proof, genesis: Genesis)
     transactions = [split_transaction(raw) for raw in block.payload]
     commit = _commit_event(header, transactions, applied, evidence)
     events = [Event(COMMIT_EVENT, header.height, str(header.height).encode(), commit)]
+    places = proof.Places(applied)
     for position, receipt in enumerate(applied.receipts):
         if not receipt.decisions:
             continue
-        proven = evidence.prove(applied, position, len(genesis.validators))
+        proven = evidence.prove(places.at(position), len(genesis.validators))
         for effect in receipt.decisions:
             update = proof.update_of(header, effect, applied.rules[effect.decision_seq], proven)
             events.append(Event(DECISION_EVENT, effect.decision_seq, effect.policy_id.encode(), update))

@@ -27,7 +27,7 @@ from cybermesh.store.mempool import MempoolJournal
 from cybermesh.store.migrate import migrate, require_current
 from cybermesh.store.node import NodeRecords
 from cybermesh.store.outbox import Outbox
-from cybermesh.store.queries import values_of
+from cybermesh.store.queries import insert_many, values_of
 from cybermesh.store.records import CommittedBlock, StoredDecision
 from cybermesh.store.rows import Rows
 
@@ -121,8 +121,8 @@ async def _write(connection: AsyncConnection, blocks: Sequence[CommittedBlock], 
     certificates = [{"height": entry.block.height, "body": entry.certificate} for entry in blocks if entry.certificate]
     if certificates:
         await connection.execute(insert(tables.certificates), certificates)
-    await _insert(connection, tables.transactions, (row for entry in blocks for row in entry.transactions))
-    await _insert(connection, tables.receipts, (row for entry in blocks for row in entry.receipts))
+    await insert_many(connection, tables.transactions, [row for entry in blocks for row in entry.transactions])
+    await insert_many(connection, tables.receipts, [row for entry in blocks for row in entry.receipts])
     await _write_decisions(connection, [row for entry in blocks for row in entry.decisions])
     bodies = values_of(row for entry in blocks for row in entry.evidence)
     if bodies:

@@ -163,3 +163,14 @@ def test_the_logs_of_the_benchmark_are_what_it_says(tmp_path: Path) -> None:
         assert sum(map(len, source.batches())) == 50
     path = bench_logs._write(tmp_path / "hostile.log", 3, bench_logs._hostile)
     assert {LONGEST - 200 < len(line) <= LONGEST for line in path.read_bytes().splitlines()} == {True}
+
+
+def test_the_ledger_bench_says_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.ledger(blocks=3, audited=2, points="5,20", folder=tmp_path, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["at_blocks"]) == {"5", "20"}
+    assert told["apply_store_ms_per_1000tx"] == told["at_blocks"]["5"]
+    assert told["audit_tx_per_s"] > 0
+    assert 1_000 < told["proof_bytes"] < 4_096
+    assert told["verify_ms"] > 0
+    assert not list(tmp_path.iterdir()), "the databases are gone"
