@@ -87,18 +87,19 @@ def admission(
     if not kafka:
         output.note("no --kafka HOST:PORT, so reading from Kafka is not measured; `make kafka` starts a broker")
     parts = {"raw": ("raw", 1), "one": ("memory", 1), "two": ("memory", 2)} | ({"kafka": ("kafka", 2)} if kafka else {})
-    rates: dict[str, list[float]] = {name: [] for name in parts}
+    told: dict[str, list[dict[str, float]]] = {name: [] for name in parts}
     for number in range(rounds):
         output.note(f"round {number + 1} of {rounds}")
         for name, (part, cores) in parts.items():
-            told = _run("cybermesh.cli.bench_admission", part, str(messages), str(cores), kafka)
-            rates[name].append(told["per_s"])
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+            told[name].append(_run("cybermesh.cli.bench_admission", part, str(messages), str(cores), kafka))
+    medians = {name: statistics.median(one["per_s"] for one in found) for name, found in told.items()}
+    by_cpu = {name: statistics.median(one["per_cpu_s"] for one in found) for name, found in told.items()}
     result = {
         "raw_verify_per_s_1core": round(medians["raw"]),
         "admitted_per_s_1core": round(medians["one"]),
         "admitted_per_s_2cores": round(medians["two"]),
         "share_of_raw": round(medians["one"] / medians["raw"], 3),
+        "share_of_raw_by_processor_time": round(by_cpu["one"] / by_cpu["raw"], 3),
         "kafka_admitted_per_s": round(medians["kafka"]) if kafka else None,
     }
     if as_json:

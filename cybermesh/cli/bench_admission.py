@@ -2,7 +2,8 @@
 
 Run as ``python -m cybermesh.cli.bench_admission PART MESSAGES CORES [BROKERS]`` where PART is ``raw`` (signatures and nothing
 else), ``memory`` or ``kafka`` (the whole way from the bus through verification and the durable journal to the acknowledgement).
-Prints one line of JSON: messages per second, without the first tenth, in which a consumer joins and code warms up.
+Prints one line of JSON: messages per second, and per second of processor time (which other work on the machine changes less),
+without the first tenth, in which a consumer joins and code warms up.
 
 The intake is the validator's own with its store in a file; only consensus is left out: its mempool takes everything.
 """
@@ -17,6 +18,7 @@ import tempfile
 import time
 import uuid
 from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +37,7 @@ from cybermesh.messages import GIB, Anomaly
 from cybermesh.roles.application import LedgerApplication
 from cybermesh.roles.clock import SystemClock
 from cybermesh.roles.deployment import Deployment, Roster, create
+from cybermesh.roles.garbage import collect_rarely
 from cybermesh.roles.intake import Intake, Surroundings
 from cybermesh.roles.patience import Patience
 from cybermesh.store.store import open_store
@@ -80,15 +83,38 @@ def make_messages(deployment: Deployment, count: int, now_ms: int) -> list[Anoma
     return made
 
 
-def raw_rate(messages: list[Anomaly]) -> float:
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Messages per second, and per second of this process' time on processors."""
+
+    per_s: float
+    per_cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    count: int
+    wall_s: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls, count: int) -> _Moment:
+        return cls(count, time.perf_counter(), time.process_time())
+
+    def rate_until(self, end: _Moment) -> Rate:
+        count = end.count - self.count
+        return Rate(count / (end.wall_s - self.wall_s), count / (end.cpu_s - self.cpu_s))
+
+
+def raw_rate(messages: list[Anomaly]) -> Rate:
     """Return how many signatures are verified in a second, one after the other, with everything prepared."""
     prepared = [(message.pubkey, sign_bytes(message), message.signature) for message in messages]
-    began = time.perf_counter()
+    began = _Moment.now(0)
     assert all(verify(*one) for one in prepared)
-    return len(prepared) / (time.perf_counter() - began)
+    return began.rate_until(_Moment.now(len(prepared)))
 
 
-async def admission_rate(bus: Bus, deployment: Deployment, messages: list[Anomaly], threads: int) -> float:
+async def admission_rate(bus: Bus, deployment: Deployment, messages: list[Anomaly], threads: int) -> Rate:
     """Return how many messages are admitted in a second; they are on the bus before the clock starts."""
     topics = Topics(ai_anomalies=f"bench.{uuid.uuid4().hex}", ai_evidence="", ai_policy="", control_operator="bench.operator")
     values = [codec.encode(message) for message in messages]
@@ -105,22 +131,20 @@ async def admission_rate(bus: Bus, deployment: Deployment, messages: list[Anomal
         async with asyncio.TaskGroup() as group:
             running = group.create_task(intake.run(_Everything()), name="intake")
             first = await _admitted(intake, len(messages) // 10)
-            began = time.perf_counter()
             last = await _admitted(intake, len(messages))
-            took = time.perf_counter() - began
             running.cancel()
         assert not intake.counts.refused
         assert len(await store.mempool.load()) == len(messages)
-    return (last - first) / took
+    return first.rate_until(last)
 
 
-async def _admitted(intake: Intake, count: int) -> int:
+async def _admitted(intake: Intake, count: int) -> _Moment:
     while intake.counts.admitted < count:  # noqa: ASYNC110 - a look is all there is
         await asyncio.sleep(LOOK_S)
-    return intake.counts.admitted
+    return _Moment.now(intake.counts.admitted)
 
 
-async def measure(part: str, count: int, cores: int, brokers: str) -> float:
+async def measure(part: str, count: int, cores: int, brokers: str) -> Rate:
     """Measure one part; see the module."""
     roster = Roster("bench", 1, producers=PRODUCERS, agents=1, operators=1, budget=Budget())
     deployment = create(roster)
@@ -140,9 +164,10 @@ def main() -> None:
     """Measure what the arguments say."""
     part, count, cores, *brokers = sys.argv[1:]
     log.configure(level="error")
+    collect_rarely()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
     rate = asyncio.run(measure(part, int(count), int(cores), *brokers or [""]))
-    sys.stdout.write(json.dumps({"per_s": rate}) + "\n")
+    sys.stdout.write(json.dumps(asdict(rate)) + "\n")
 
 
 if __name__ == "__main__":

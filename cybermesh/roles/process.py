@@ -39,6 +39,7 @@ from cybermesh.roles.ai import AiRole, Parts
 from cybermesh.roles.clock import Clock, SystemClock
 from cybermesh.roles.detection import open_detector
 from cybermesh.roles.firewall import Shield, open_backend, read_genesis
+from cybermesh.roles.garbage import collect_rarely
 from cybermesh.roles.inputs import feeds_of, metering_of
 from cybermesh.roles.open_bus import open_bus
 from cybermesh.roles.peers import parse_address, read_peers
@@ -87,6 +88,7 @@ async def run(settings: Settings, roles: Sequence[Role]) -> None:
     """
     genesis = read_genesis(settings.node.genesis)
     _check(settings, genesis, roles)
+    collect_rarely()
     settings.node.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     topics = Topics(**settings.topics.model_dump())
     async with AsyncExitStack() as stack:
