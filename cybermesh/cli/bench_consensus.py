@@ -22,20 +22,27 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from cybermesh.cli import bench_null, output
+from cybermesh.cli.bench_admission import make_messages
+from cybermesh.cli.bench_node import PRODUCERS, LedgerTask, write_messages
 from cybermesh.cli.bench_validator import Measured, Task
+from cybermesh.genesis import Budget
 from cybermesh.keys import SigningKey
+from cybermesh.roles.deployment import Roster, create
+from cybermesh.wire import codec
 
 VALIDATORS: Final = 4
 CATCH_UP_BLOCKS: Final = 1_000
 PACE_PER_S: Final = 1_000
+LEDGER_MESSAGES: Final = 12_000
 _AHEAD_S: Final = 0.3
 
 
 class Process:
     """A process of the benchmark and the lines it is told and tells."""
 
-    def __init__(self, task: Task) -> None:
-        command = [sys.executable, "-m", "cybermesh.cli.bench_validator"]
+    def __init__(self, task: Task | LedgerTask) -> None:
+        module = "bench_node" if isinstance(task, LedgerTask) else "bench_validator"
+        command = [sys.executable, "-m", f"cybermesh.cli.{module}"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
         self.tell(dataclasses.asdict(task))
         self.addresses = self.hear()["addresses"]
@@ -119,6 +126,25 @@ class Run:
                 return Measured(**late.hear()).reached_s
             finally:
                 for process in everybody:
+                    process.close()
+
+    def with_ledger(self, messages: int) -> float:
+        """Return how many anomalies a second four whole validators agree on, execute and store."""
+        deployment = create(Roster("bench", VALIDATORS, producers=PRODUCERS, agents=1, operators=1, budget=Budget()))
+        values = [codec.encode(each) for each in make_messages(deployment, messages, time.time_ns() // 1_000_000)]
+        genesis = deployment.genesis.encode().decode()
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            path = Path(folder) / "messages"
+            write_messages(path, values)
+            seeds = [deployment.keys[f"validator-{number + 1}"].seed.hex() for number in range(VALIDATORS)]
+            tasks = [LedgerTask(genesis, seed, number + 1, folder, str(path)) for number, seed in enumerate(seeds)]
+            processes = [Process(task) for task in tasks]
+            try:
+                self._connect(processes, peers=VALIDATORS - 1)
+                self._start(processes)
+                return min(float(process.hear()["per_s"]) for process in processes)
+            finally:
+                for process in processes:
                     process.close()
 
     def _connect(self, processes: Sequence[Process], peers: int) -> None:
@@ -219,9 +245,12 @@ def run(seconds: float, folder: Path) -> dict[str, object]:
         latencies = [latency for each in paced for latency in each.latencies_us]
         output.note("catch-up")
         caught_up = bench.catch_up(CATCH_UP_BLOCKS)
+        output.note("with ledger and database")
+        with_ledger = bench.with_ledger(LEDGER_MESSAGES)
         sync_ms = sync_p50_ms(place)
     return result | {
         "tx_per_s_4p": round(all_four),
+        "tx_per_s_ledger_4p": round(with_ledger),
         "one_dead_share": round(one_dead / all_four, 3),
         "commit_p50_ms": percentile_ms(latencies, 50),
         "commit_p99_ms": percentile_ms(latencies, 99),

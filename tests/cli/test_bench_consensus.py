@@ -47,3 +47,7 @@ def test_a_transaction_of_the_benchmark_is_signed_as_a_whole():
 def test_percentiles_are_milliseconds_and_unknown_without_values():
     assert percentile_ms([], 50) is None
     assert percentile_ms(range(1000, 102_000, 1000), 50) == 51
+
+
+def test_whole_validators_of_the_benchmark_store_what_is_on_their_bus(run: Run):
+    assert run.with_ledger(200) > 0
