@@ -97,15 +97,15 @@ def train(dataset: Dataset, seed: int, *, terms: str = "", progress: Progress = 
         DatasetError: another extractor's file, no benign row, or no attack.
     """
     require_extra()
-    usable = _usable(dataset)
-    early = split_by_time(usable, TRAIN_SHARE)
-    progress(f"{len(usable)} rows; growing trees on the first {TRAIN_SHARE:.0%} of each label")
-    held_out = usable.take(~early)
-    measured = evaluate(Classifier(*_build(usable.take(early), seed)), held_out)
+    rows = usable(dataset)
+    early = split_by_time(rows, TRAIN_SHARE)
+    progress(f"{len(rows)} rows; growing trees on the first {TRAIN_SHARE:.0%} of each label")
+    held_out = rows.take(~early)
+    measured = evaluate(Classifier(*build(rows.take(early), seed)), held_out)
     record: dict[str, Any] = {
-        "rows": len(usable),
-        "rows_by_class": {str(name): int((usable.labels == name).sum()) for name in np.unique(usable.labels)},
-        "rows_left_out": {**dataset.skipped, "unusable": len(dataset) - len(usable)},
+        "rows": len(rows),
+        "rows_by_class": {str(name): int((rows.labels == name).sum()) for name in np.unique(rows.labels)},
+        "rows_left_out": {**dataset.skipped, "unusable": len(dataset) - len(rows)},
         "variant": dataset.variant,
         "data_sha256": dataset.digest,
         "terms": terms or "not stated",
@@ -116,10 +116,10 @@ def train(dataset: Dataset, seed: int, *, terms: str = "", progress: Progress = 
         "held_out": measured.to_json(),
     }
     progress("measuring what fingerprints would add, and each day from the others")
-    record["with_fingerprints"] = _compare(usable, early, seed)
-    record["without_a_day"] = _leave_days_out(usable, seed) if dataset.timed else {}
+    record["with_fingerprints"] = _compare(rows, early, seed)
+    record["without_a_day"] = leave_days_out(rows, seed) if dataset.timed else {}
     progress("growing the delivered trees on all rows")
-    model, onnx = _build(usable, seed)
+    model, onnx = build(rows, seed)
     return Trained(replace(model, record=record), onnx)
 
 
@@ -147,20 +147,25 @@ def versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
-def _usable(dataset: Dataset) -> Dataset:
+def usable(dataset: Dataset) -> Dataset:
+    """Return the rows that can be trained on.
+
+    Raises:
+        DatasetError: another extractor's file, no benign row, or no attack.
+    """
     if dataset.foreign_file:
         raise DatasetError(
             f"{int(dataset.foreign.sum())} of {len(dataset)} rows contradict the feature definitions: another extractor wrote "
             "them; meter the captures again with cybermesh flows"
         )
-    usable = dataset.take(~(dataset.foreign | single_packet(dataset.features)))
-    present = set(usable.labels.tolist())
+    rows = dataset.take(~(dataset.foreign | single_packet(dataset.features)))
+    present = set(rows.labels.tolist())
     if BENIGN not in present or len(present) < 2:
         raise DatasetError(f"training needs benign rows and at least one attack; there are {sorted(present) or 'none'}")
-    return usable
+    return rows
 
 
-def _build(dataset: Dataset, seed: int) -> tuple[Model, bytes]:
+def build(dataset: Dataset, seed: int) -> tuple[Model, bytes]:
     """Return a complete model of these rows, without a record."""
     inputs = model_inputs(dataset.known)
     classes = (BENIGN, *sorted(set(dataset.labels.tolist()) - {BENIGN}))
@@ -305,7 +310,7 @@ def _bare(dataset: Dataset, train_rows: npt.NDArray[np.bool_], inputs: tuple[str
     }
 
 
-def _leave_days_out(dataset: Dataset, seed: int) -> dict[str, dict[str, float | int | None]]:
+def leave_days_out(dataset: Dataset, seed: int) -> dict[str, dict[str, float | int | None]]:
     """Train without each day in turn and measure on it: what attacks never seen before look like to the model."""
     days = np.datetime_as_string(dataset.order.astype("datetime64[us]").astype("datetime64[D]"))
     result: dict[str, dict[str, float | int | None]] = {}
@@ -314,7 +319,7 @@ def _leave_days_out(dataset: Dataset, seed: int) -> dict[str, dict[str, float | 
         rest = set(dataset.labels[~there].tolist())
         if BENIGN not in rest or len(rest) < 2:
             continue
-        figures = evaluate(Classifier(*_build(dataset.take(~there), seed)), dataset.take(there))
+        figures = evaluate(Classifier(*build(dataset.take(~there), seed)), dataset.take(there))
         result[str(day)] = {
             "rows": figures.rows,
             "attack_recall": figures.attack_recall,

@@ -99,7 +99,7 @@ def early_models(table: Dataset) -> list[Classifier]:
     """Models of five seeds, trained on the earlier rows; two at a time, because each uses one core."""
     early = table.take(split_by_time(table, training.TRAIN_SHARE))
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda seed: Classifier(*training._build(early, seed)), range(5)))
+        return list(pool.map(lambda seed: Classifier(*training.build(early, seed)), range(5)))
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +142,10 @@ def test_rows_of_other_extractors_are_flagged_and_clean_ones_are_not(
         together = perturb(together)
     assert min(share(together)) >= 0.9
     alone = {name: share(perturb(raw)) for name, perturb in PERTURBATIONS.items()}
-    assert np.mean([by_row for by_row, _ in alone.values()]) >= 0.7
     assert {name: by_file for name, (_, by_file) in alone.items() if by_file < 0.9} == {}
+    # Row by row, what a perturbation leaves alone (or a TCP row with another window) cannot be told.
+    floors = {"clipped flags": 0.7, "first packet twice": 0.7, "windows": 0.05}
+    assert {name: by_row for name, (by_row, _) in alone.items() if by_row < floors.get(name, 0.99)} == {}
 
 
 def _raw(shared_data: Path, chosen: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ def test_a_separable_data_set_is_learned_and_reported() -> None:
 
 
 def test_the_same_rows_and_seed_give_the_same_bytes_and_another_seed_does_not() -> None:
-    first, second, other = (training._build(synthetic(), seed) for seed in (5, 5, 6))
+    first, second, other = (training.build(synthetic(), seed) for seed in (5, 5, 6))
     assert first[1] == second[1]
     assert encode(*first) == encode(*second)
     assert first[1] != other[1]
@@ -75,16 +75,16 @@ def test_the_onnx_model_says_what_lightgbm_says_and_onnxruntime_has_nothing_to_w
 def test_rows_of_another_extractor_are_refused_and_a_few_of_them_left_out(tmp_path: Path) -> None:
     foreign = np.ones(len(synthetic()), dtype=np.bool_)
     with pytest.raises(DatasetError, match="another extractor"):
-        training._usable(replace(synthetic(), foreign=foreign))
+        training.usable(replace(synthetic(), foreign=foreign))
     few = np.arange(len(foreign)) < 4
-    assert len(training._usable(replace(synthetic(), foreign=few))) == len(foreign) - 4
+    assert len(training.usable(replace(synthetic(), foreign=few))) == len(foreign) - 4
 
 
 def test_training_needs_benign_rows_and_an_attack() -> None:
     with pytest.raises(DatasetError, match="at least one attack"):
-        training._usable(synthetic().take(synthetic().labels == BENIGN))
+        training.usable(synthetic().take(synthetic().labels == BENIGN))
     with pytest.raises(DatasetError, match="benign"):
-        training._usable(synthetic().take(synthetic().labels != BENIGN))
+        training.usable(synthetic().take(synthetic().labels != BENIGN))
 
 
 def test_the_card_names_data_terms_seed_figures_and_limits() -> None:
