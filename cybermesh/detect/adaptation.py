@@ -6,7 +6,7 @@ Trees that know one network find little on another; with about a hundred labelle
   stand for them with little weight, so that attacks the site has not seen yet are not forgotten;
 - ordinary traffic of the site (``quiet``) needs no labels. It is taken for benign, with less weight than what somebody looked
   at; a share below ``fpr_max`` of attacks in it does no harm, because it is a quantile of it that sets the threshold;
-- the threshold is set on rows that the trees have not seen (folds), so that at most three quarters of ``fpr_max`` of the
+- the threshold is set on rows that the trees have not seen (folds), so that at most three fifths of ``fpr_max`` of the
   site's benign rows are reported. What the folds cannot show is not claimed: confidence is capped by the
   number of the site's own rows;
 - everything follows from the rows, the model and one seed.
@@ -40,7 +40,7 @@ _QUIET_WEIGHT = 0.3
 _QUIET_ROWS_FULL = 600  # more than these share the weight of so many
 _REMEMBERED_ROWS = 60  # of each class
 _REMEMBERED_WEIGHT = 0.05
-FPR_SHARE = 0.75  # of what is allowed is aimed at: the folds are few rows, and the next day is another
+FPR_SHARE = 0.6  # of what is allowed is aimed at: the folds are few rows, and the next day is another
 _SHIFT_MIN, _SHIFT_MAX = -4.0, 8.0
 _PARAMETERS: dict[str, Any] = {
     "objective": "multiclass",

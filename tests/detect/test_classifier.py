@@ -22,7 +22,7 @@ from cybermesh.telemetry.flows import EndReason, FlowBatch
 from cybermesh.telemetry.meter import FlowMeter
 from cybermesh.telemetry.sources.choose import open_source
 from cybermesh.telemetry.windows import WindowBatch
-from tests.detect.flow_rows import flows, many, seconds, trained
+from tests.detect.flow_rows import PERTURBATIONS, flows, many, seconds, trained
 
 ATTACKER, VICTIM = "203.0.113.9", "10.0.0.1"
 SITE = SigningKey(b"\x07" * 32)
@@ -124,6 +124,30 @@ def test_one_packet_and_masked_inputs_and_other_extractors_are_abstentions() -> 
     assert engine.abstained["contradiction"] > 0
     assert engine.judged_rows == 0
     assert engine.rows == 3 * len(rows)
+
+
+def test_a_stream_of_another_extractor_is_refused_as_a_whole_and_believed_again_when_mended() -> None:
+    engine = classifier(knows_site=True)
+    scans = flows(["port_scan"] * 200)
+    twice = PERTURBATIONS["first packet twice"](np.concatenate([scans, flows(["benign"] * 40)]))
+    elsewhere = replace(batch(twice), end_reason=np.full(len(twice), EndReason.EXTERNAL, dtype=np.uint8))
+    by_row = ~engine.assess(twice, elsewhere.known).judged
+    assert 0.1 < by_row.mean() < 0.9  # an empty first packet changes nothing when it is counted twice
+    assert engine.score_flows(elsewhere) == []
+    assert not engine.judged(elsewhere).any()
+    assert engine.abstained["foreign_file"] == len(twice)
+    assert engine.score_flows(batch(scans))  # metered here
+    mended = replace(elsewhere, features=np.concatenate([scans, flows(["benign"] * 40)]))
+    for _ in range(150):
+        engine.score_flows(mended)
+    assert engine.judged(mended).any()
+
+
+def test_evidence_holds_every_input_and_replays() -> None:
+    engine = classifier()
+    (finding,) = engine.score_flows(batch(flows(["port_scan"] * 40)))
+    kind, confidence = engine.replay({name: float(finding.details[name]) for name in engine.model.inputs})
+    assert (kind, confidence) == (finding.type, finding.details["strongest_score"])
 
 
 def test_benign_is_a_vote_only_of_a_model_that_knows_the_site() -> None:

@@ -3,6 +3,7 @@
 Rules:
 
 - every row of a batch is scored, in pieces of 1,000, by one thread;
+- while a stream of flows metered elsewhere shows that another extractor makes it, none of its rows is judged;
 - a row the guard refuses is an abstention: it is no vote, neither for an attack nor for benign, and it is counted by reason;
 - scores are calibrated probabilities, never above what the calibration rows support;
 - flows of one source and one type become one finding, whose score is their mean, once there are enough of them
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,11 @@ from cybermesh.detect import calibration, guard
 from cybermesh.detect.corroboration import Corroboration
 from cybermesh.detect.engines import Finding
 from cybermesh.detect.engines.rules import address_text
+from cybermesh.detect.extractor import ForeignStream
 from cybermesh.detect.guard import Reason
 from cybermesh.detect.modelfile import Model, ModelError, load, shipped_directory
 from cybermesh.telemetry.features import COLUMN
-from cybermesh.telemetry.flows import FlowBatch
+from cybermesh.telemetry.flows import EndReason, FlowBatch
 from cybermesh.telemetry.windows import WindowBatch
 
 BATCH_ROWS = 1_000
@@ -106,6 +108,7 @@ class Classifier:
         self.unlisted = 0
         self.uncorroborated = 0
         self._corroboration = Corroboration()
+        self._stream = ForeignStream()
         self._session = _session(model, onnx)
         self._columns = np.array([COLUMN[name] for name in model.inputs], dtype=np.intp)
         self._benign = model.classes.index(BENIGN)
@@ -141,7 +144,7 @@ class Classifier:
 
     def score_flows(self, flows: FlowBatch) -> list[Finding]:
         """Return one finding for each source and attack type among the judged flows; the others are counted."""
-        assessment = self.assess(flows.features, flows.known)
+        assessment = self._without_foreign(flows, self.assess(flows.features, flows.known))
         self._last = (flows, assessment)
         self._count(assessment)
         attacks = np.flatnonzero(assessment.judged & (assessment.decided != self._benign))
@@ -159,6 +162,18 @@ class Classifier:
         self.unlisted += max(len(enough) - FINDINGS_MAX, 0)
         self._reported = np.concatenate([np.empty(0, dtype=np.intp), *(rows for _, rows in enough)])
         return [self._finding(flows, assessment, kind, rows) for kind, rows in enough[:FINDINGS_MAX]]
+
+    def _without_foreign(self, flows: FlowBatch, assessment: Assessment) -> Assessment:
+        """Refuse all rows metered elsewhere while their stream is another extractor's."""
+        elsewhere = flows.end_reason == EndReason.EXTERNAL
+        if not elsewhere.any():
+            return assessment
+        contradictions = (assessment.reasons & np.uint8(Reason.CONTRADICTION)).astype(np.bool_)
+        self._stream.add(int(elsewhere.sum()), int((elsewhere & contradictions).sum()))
+        if not self._stream.is_foreign:
+            return assessment
+        reasons = np.where(elsewhere, assessment.reasons | np.uint8(Reason.FOREIGN_FILE), assessment.reasons)
+        return replace(assessment, reasons=reasons.astype(np.uint8))
 
     def replay(self, values: Mapping[str, float]) -> tuple[str, float]:
         """Judge again the flow of which evidence holds every input; return the type and the confidence it has.
