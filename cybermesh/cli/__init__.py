@@ -33,6 +33,7 @@ COMMANDS = {
     "init": Command("init", "init", "Make a deployment: genesis, keys, settings."),
     "flows": Command("flows", "flows", "Meter captures: one row per flow, 79 features."),
     "detect": Command("detect", "detect", "Report the attacks in captures."),
+    "alerts": Command("alerts", "alerts", "Explain alerts, and label what they were about."),
     "rules": Command("rules", "rules", "List, test and explain the detection rules."),
     "train": Command("train", "train", "Train a classifier on labelled flows."),
     "calibrate": Command("calibrate", "calibrate", "Fit a classifier's threshold to this network's ordinary traffic."),
