@@ -7,6 +7,7 @@ acknowledged yet; the command ends when every one is, and says how many were if 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from cybermesh.wire import codec
 from cybermesh.wire.unsigned import FLOWS_MAX
 
 IN_FLIGHT_MAX = 8  # messages of at most a megabyte
+ACKNOWLEDGED_WITHIN_S = 30.0  # or the bus is given up; a role would wait, a command should end
 
 
 def publish(run: Run, to: FlowTarget, sensor: str, config: Path | None) -> None:
@@ -47,6 +49,7 @@ def publish(run: Run, to: FlowTarget, sensor: str, config: Path | None) -> None:
                     asyncio.get_running_loop().add_signal_handler(number, run.stopped.set)
             await publisher.publish_all(run.flows(), bus)
 
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what fails is told below, once
     try:
         asyncio.run(run_all())
     except* BusError as errors:
@@ -80,6 +83,10 @@ class Publisher:
                         group.create_task(self._publish(message, bus), name="publish flows")
 
     async def _publish(self, message: FlowFeatures, bus: Bus) -> None:
-        await bus.publish(self._topic, self._sensor.encode(), codec.encode(message))
+        try:
+            async with asyncio.timeout(ACKNOWLEDGED_WITHIN_S):
+                await bus.publish(self._topic, self._sensor.encode(), codec.encode(message))
+        except TimeoutError as error:
+            raise BusError(f"nothing was acknowledged within {ACKNOWLEDGED_WITHIN_S:.0f} s") from error
         self.flows += message.count
         self.messages += 1

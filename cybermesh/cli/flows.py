@@ -287,7 +287,7 @@ def _explain(name: str, counters: Counters) -> None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counters.skipped.most_common())
         output.note(f"{name}: {counters.metered:,} of {counters.packets:,} {counters.unit} metered; skipped: {reasons}")
     if counters.ended:
-        output.note(f"{name}: {counters.ended}; what came before was metered")
+        output.note(f"{name}: {counters.ended}; what could be read was metered")
 
 
 def _summarise(totals: FlowTotals, seconds: float) -> None:

@@ -1,9 +1,10 @@
 """The ai role: telemetry in, signed detections out, and what became of them.
 
-Every input is read by a task of its own; they take turns in scoring, a batch at a time in a worker thread, because windows and
-meter see all of them. A bounded hand-over holds what is waiting to be signed and published, and reading waits while it is full.
-Anomaly, evidence and policy of a detection are published in this order under the attacking entity as key. A position is kept,
-or a message of the bus acknowledged, only after everything found up to it was published.
+Every input that goes on for ever is read by a task of its own, files with an end one after the other in the order of the
+settings, so that a capture in parts is one capture. They take turns in scoring, a batch at a time in a worker thread, because
+windows and meter see all of them. A bounded hand-over holds what is waiting to be signed and published, and reading waits while
+it is full. Anomaly, evidence and policy of a detection are published in this order under the attacking entity as key.
+A position is kept, or a message of the bus acknowledged, only after everything found up to it was published.
 
 An input that fails ends no other: /ready names it, and it is opened again, after a pause that grows to a minute.
 """
@@ -156,34 +157,50 @@ class AiRole:
         }
 
     async def _read_all(self) -> None:
+        finite = [feed for feed in self._parts.feeds if not feed.is_endless]
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._read_in_turn(finite), name="ai files")
             for feed in self._parts.feeds:
-                group.create_task(self._keep_reading(feed), name=f"ai input {feed.name}")
+                if feed.is_endless:
+                    group.create_task(self._read_on(feed), name=f"ai input {feed.name}")
         await self._hand_over(await in_thread(self._score_rest))
         self.finished.set()
 
-    async def _keep_reading(self, feed: Feed) -> None:
-        """Read an input to its end; one that fails, or should have no end, again and again."""
+    async def _read_in_turn(self, feeds: Sequence[Feed]) -> None:
+        """Read inputs with an end one after the other, as one stream; those that fail once more when the others are read."""
+        left, pause_s = list(feeds), self._parts.reopen_first_s
+        while left := [feed for feed in left if not await self._read_once(feed)]:
+            pause_s = await _pause(pause_s)
+
+    async def _read_on(self, feed: Feed) -> None:
+        """Read an input without an end; one that ends all the same, or fails, again and again."""
         pause_s = self._parts.reopen_first_s
         while True:
-            try:
-                async with feed.batches() as batches:
-                    async for given in batches:
-                        await self._take(feed, given)
-                        self._failing.pop(feed.name, None)
-                        pause_s = self._parts.reopen_first_s
-                self._tell_skipped(feed)
-                counters, reason = feed.counters, feed.counters.ended
-                self._log.info("source_ended", source=feed.name, records=counters.packets, reason=reason)
-                if not feed.is_endless:
-                    return
-                reason = reason or "has ended"
-            except (SourceError, BusError) as error:
-                reason = str(error)
-            self._failing[feed.name] = reason
-            self._log.warning("source_failed", source=feed.name, reason=reason, retry_s=round(pause_s, 2))
-            await asyncio.sleep(pause_s * (1 + random.random() / 4))  # noqa: S311 - jitter, not a secret
-            pause_s = min(2 * pause_s, REOPEN_MAX_S)
+            before = feed.counters.packets
+            if await self._read_once(feed):
+                self._fail(feed, feed.counters.ended or "has ended")
+            if feed.counters.packets != before:  # it worked meanwhile
+                pause_s = self._parts.reopen_first_s
+            pause_s = await _pause(pause_s)
+
+    async def _read_once(self, feed: Feed) -> bool:
+        """Read an input to its end; return False if it cannot be read."""
+        try:
+            async with feed.batches() as batches:
+                self._failing.pop(feed.name, None)
+                async for given in batches:
+                    await self._take(feed, given)
+        except (SourceError, BusError) as error:
+            self._fail(feed, str(error))
+            return False
+        self._tell_skipped(feed)
+        self._log.info("source_ended", source=feed.name, records=feed.counters.packets, reason=feed.counters.ended)
+        return True
+
+    def _fail(self, feed: Feed, reason: str) -> None:
+        if self._failing.get(feed.name) != reason:
+            self._log.warning("source_failed", source=feed.name, reason=reason)
+        self._failing[feed.name] = reason
 
     async def _take(self, feed: Feed, given: Given) -> None:
         """Score a batch; return when what it showed is published and the input's mark has moved behind it."""
@@ -337,6 +354,12 @@ class AiRole:
         except EnvelopeError as error:
             feedback["refused"] += 1
             self._log.warning("feedback_refused", topic=delivery.topic, offset=delivery.offset, reason=str(error))
+
+
+async def _pause(pause_s: float) -> float:
+    """Wait; return how long to wait the next time."""
+    await asyncio.sleep(pause_s * (1 + random.random() / 4))  # noqa: S311 - jitter, not a secret
+    return min(2 * pause_s, REOPEN_MAX_S)
 
 
 class _ReadTimes:

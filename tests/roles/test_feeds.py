@@ -28,6 +28,7 @@ from cybermesh.telemetry.flow_messages import NOT_FINITE, ODD_CODE, ODD_TIME, fr
 from cybermesh.telemetry.flow_rows import Counted, Ends, counted_flows, no_flows
 from cybermesh.telemetry.flows import FlowBatch
 from cybermesh.telemetry.metering import reference
+from cybermesh.telemetry.sources import Source
 from cybermesh.telemetry.sources.choose import open_source
 from cybermesh.wire import codec
 from tests.roles.site import TOPICS, Site
@@ -212,6 +213,31 @@ async def test_inputs_are_read_side_by_side_and_one_that_fails_ends_no_other(alo
             file.write(LOG.format(10, 10) + "no such line\n")
         await alone.until(lambda: seen["EventBatch"] == 7 and role.figures()["ai_records_skipped_total"] == 1)
         assert not role.finished.is_set()
+
+
+async def test_files_with_an_end_are_read_in_turn_and_one_that_fails_after_the_others(alone: Site, tmp_path: Path) -> None:
+    paths, order = [tmp_path / name for name in ("first", "late", "last")], []
+    for path in (paths[0], paths[2]):
+        path.write_text("".join(LOG.format(n, n) for n in range(30)))
+
+    def finite(path: Path) -> SourceFeed:
+        def open_at(position: str) -> Source:
+            order.append(path.name)
+            return open_source(f"logs:{path}", rows=10, position=position)
+
+        return SourceFeed(str(path), open_at, Nowhere())
+
+    seen = Counter[str]()
+    async with reading(alone, tmp_path, [finite(path) for path in paths], seen) as role:
+        await alone.until(lambda: order.count("late") >= 2)
+        assert seen["EventBatch"] == 60
+        assert str(paths[1]) in (role.problem or "")
+        paths[1].write_text(LOG.format(1, 1))
+        await alone.until(role.finished.is_set)
+        assert role.problem is None
+    assert order[:3] == ["first", "late", "last"]
+    assert set(order[3:]) == {"late"}
+    assert seen["EventBatch"] == 61
 
 
 async def test_a_restarted_role_neither_loses_nor_repeats(alone: Site, tmp_path: Path) -> None:
