@@ -20,6 +20,7 @@ KINDS: Mapping[Scope, tuple[str, ...]] = {  # the items each scope's table keeps
     Scope.SERVICE: (),
 }
 _CELL = 0x80
+_PACKETS_OUT = COUNTS.index("packets_out")
 _TCP, _UDP = 6, 17
 _USUAL = (1, _TCP, _UDP, 58)
 _COMPANY_PORTS = 5  # whoever tries fewer ports is not yet like a scanner
@@ -48,7 +49,7 @@ def window_rows(table: SlidingTable, scope: Scope, window: int, slots: npt.NDArr
         known[COLUMN[name]] = name in kinds
     known[COLUMN["company"]] = scope is Scope.PAIR
     if scope is Scope.PAIR:
-        _company(keys[:, 16:32], values)
+        _company(table, window, slots, values)
     for name in ("port_entropy", "port_share", "protocols"):
         known[COLUMN[name]] = "ports" in kinds
     for name in ("peer_entropy", "peer_share"):
@@ -91,18 +92,23 @@ def _derive(values: npt.NDArray[np.float64]) -> None:
     values[:, COLUMN["failed"]] = unanswered + refused
 
 
-def _company(destinations: npt.NDArray[np.uint8], values: npt.NDArray[np.float64]) -> None:
-    """Fill ``company``: who scans under decoys' addresses is one of several sources that do the same to one destination."""
+def _company(table: SlidingTable, window: int, slots: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> None:
+    """Fill ``company``: who scans under decoys' addresses is one of several sources that do the same to one destination.
+
+    All sources of the window count, not only those that are told of now: an innocent decoy goes on with his own work later.
+    """
     ports, attempts, failed = (values[:, COLUMN[name]] for name in ("ports", "attempts", "failed"))
-    alike = np.nonzero((ports >= _COMPANY_PORTS) & (2 * (failed + values[:, COLUMN["half_open"]]) >= attempts))[0]
-    if len(alike) < 2:
+    alike = (ports >= _COMPANY_PORTS) & (2 * (failed + values[:, COLUMN["half_open"]]) >= attempts)
+    scanned, totals = table.scanned[window], table.totals[window]
+    scanned[slots] = np.where(alike, ports, 0)
+    if not alike.any():
         return
-    _, group_of = np.unique(destinations[alike], axis=0, return_inverse=True)
-    for number in np.nonzero(np.bincount(group_of.reshape(-1)) >= 2)[0].tolist():
-        rows = alike[group_of.reshape(-1) == number]
-        sizes = np.sort(ports[rows])
-        near = np.searchsorted(sizes, 2 * ports[rows], "right") - np.searchsorted(sizes, ports[rows] / 2, "left")
-        values[rows, COLUMN["company"]] = near - 1
+    others = np.nonzero(scanned >= _COMPANY_PORTS)[0]
+    others = others[totals[others, _PACKETS_OUT] > 0]
+    targets = table.keys[others, 16:32].view("V16").reshape(-1)
+    for row in np.nonzero(alike)[0].tolist():
+        same = scanned[others[targets == table.keys[slots[row], 16:32].view("V16")[0]]]
+        values[row, COLUMN["company"]] = ((2 * same >= ports[row]) & (same <= 2 * ports[row])).sum() - 1
 
 
 def _items(

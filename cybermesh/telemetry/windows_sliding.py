@@ -4,6 +4,8 @@ The work is cut at hops and at every ``CHUNK`` packets of a hop, counted from it
 the rows are the same for every block size, also where a bound makes a table forget. ``prompt`` is for live traffic: it works
 off what is waiting and returns the entities that grew since they were last returned, so that nobody waits for a hop to end.
 
+Windows of ``LONG_S`` seconds and more move little in one second: their rows are told every ``LONG_EVERY`` hops.
+
 Memory is bounded whatever the traffic: at most ``CHUNK`` packets wait, and each table has bounds (``windows_table``). When
 more than a quarter of a chunk are strangers, sources never seen before that sent a single packet and shook no hand, they are
 counted at their destinations only: a flood with forged sources is visible there, and costs nobody else a place.
@@ -11,6 +13,7 @@ counted at their destinations only: a flood with forged sources is visible there
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,6 +29,8 @@ from cybermesh.telemetry.windows_table import Additions, Overflow, SlidingTable
 from cybermesh.telemetry.windows_timeline import Timeline
 
 CHUNK = 8192
+LONG_S = 600
+LONG_EVERY = 4
 CAPACITY = 32_768  # entities per scope
 ITEMS_MAX = 131_072  # per scope
 LOG_MAX = 1_000_000  # remembered numbers per scope, about 30 bytes each
@@ -87,7 +92,7 @@ class SlidingWindows:
         for end in ends:
             hop = int(fresh.hop[start])
             if self._hop is not None and hop != self._hop:
-                out += self._end_hop()
+                out += self._end_hop(hop)
             self._enter(hop)
             while start < end:
                 stop = min(end, start + self._chunk - self._waiting_rows)
@@ -101,11 +106,11 @@ class SlidingWindows:
     def prompt(self) -> list[WindowBatch]:
         """Return the rows of entities that grew by a quarter since they were last returned, without waiting for the hop."""
         self._work()
-        return self._emit({scope: table.take_grown() for scope, table in self._tables.items()})
+        return self._emit({scope: table.take_grown() for scope, table in self._tables.items()}, 0, LONG_S)
 
     def finish(self) -> list[WindowBatch]:
         """End the current hop now; call it when the input has ended."""
-        return self._end_hop() if self._hop is not None else []
+        return self._end_hop(None) if self._hop is not None else []
 
     def _enter(self, hop: int) -> None:
         if hop != self._hop:
@@ -113,16 +118,23 @@ class SlidingWindows:
             for table in self._tables.values():
                 table.advance(hop)
 
-    def _end_hop(self) -> list[WindowBatch]:
+    def _end_hop(self, following: int | None) -> list[WindowBatch]:
+        """Return the current hop's rows; ``following`` is the next hop with packets, None at the end."""
+        assert self._hop is not None
         self._work()
-        return self._emit({scope: table.take_touched() for scope, table in self._tables.items()})
+        found = self._emit({scope: table.take_touched() for scope, table in self._tables.items()}, 0, LONG_S)
+        if following is None or following // LONG_EVERY != self._hop // LONG_EVERY:
+            slots = {scope: table.take_touched_longer() for scope, table in self._tables.items()}
+            found += self._emit(slots, LONG_S, math.inf)
+        return found
 
-    def _emit(self, slots: Mapping[Scope, npt.NDArray[np.int64]]) -> list[WindowBatch]:
+    def _emit(self, slots: Mapping[Scope, npt.NDArray[np.int64]], least_s: float, below_s: float) -> list[WindowBatch]:
+        """Return the rows of these slots for windows of ``least_s`` seconds and more, but less than ``below_s``."""
         return [
             window_rows(table, scope, window, slots[scope], self._newest_us)
             for scope, table in self._tables.items()
-            for window in range(len(table.windows_s))
-            if len(slots[scope])
+            for window, window_s in enumerate(table.windows_s)
+            if len(slots[scope]) and least_s <= window_s < below_s
         ]
 
     def _work(self) -> None:

@@ -95,6 +95,7 @@ class SlidingTable:
         self._tails = [0] * len(windows_s)  # absolute number of the first log entry still inside each window
         self._births = 0
         self._touched: set[int] = set()
+        self._touched_longer: set[int] = set()  # since the long windows were last taken
         self.keys = np.zeros((256, _KEY_BYTES), np.uint8)
         self.totals = [np.zeros((256, len(COUNTS)), np.int64) for _ in windows_s]
         self.first_us = [np.zeros(256, np.int64) for _ in windows_s]
@@ -106,6 +107,7 @@ class SlidingTable:
         self._reported = np.zeros(256, np.int64)
         self._handshakes = np.zeros(256, np.bool_)
         self._kind_sizes = np.zeros((256, max(1, kinds)), np.int64)
+        self.scanned = [np.zeros(256, np.int64) for _ in windows_s]  # ports of what last looked like a scanner
         self.item_slot = np.zeros(256, np.int64)
         self.item_kind = np.zeros(256, np.uint8)
         self.item_value = np.zeros((256, _VALUE_BYTES), np.uint8)
@@ -163,8 +165,15 @@ class SlidingTable:
     def take_touched(self) -> npt.NDArray[np.int64]:
         """Return the slots added to since the last call, ascending, and start anew."""
         slots = np.array(sorted(self._touched), np.int64)
+        self._touched_longer |= self._touched
         self._touched.clear()
         self._report(slots)
+        return slots
+
+    def take_touched_longer(self) -> npt.NDArray[np.int64]:
+        """Return the slots that ``take_touched`` returned since the last call of this, ascending, and start anew."""
+        slots = np.array(sorted(self._touched_longer), np.int64)
+        self._touched_longer.clear()
         return slots
 
     def take_grown(self) -> npt.NDArray[np.int64]:
@@ -218,6 +227,8 @@ class SlidingTable:
         self._last_hop[new] = hop - 1
         for column in (self._hops, self._handshakes, self._reported, self.service, self.last_us, self._kind_sizes):
             column[new] = 0
+        for scanned in self.scanned:
+            scanned[new] = 0
         slots[missing] = new
         return slots
 
@@ -236,6 +247,7 @@ class SlidingTable:
         for totals in self.totals:
             totals[victims] = 0
         self._touched.difference_update(victims.tolist())
+        self._touched_longer.difference_update(victims.tolist())
         gone = np.zeros(used, np.bool_)
         gone[victims] = True
         allocated = self._items.allocated
@@ -345,6 +357,7 @@ class SlidingTable:
             setattr(self, name, grown(getattr(self, name), length))
         self.totals = [grown(totals, length) for totals in self.totals]
         self.first_us = [grown(first_us, length) for first_us in self.first_us]
+        self.scanned = [grown(scanned, length) for scanned in self.scanned]
 
     def _grow_items(self, length: int) -> None:
         for name in ("item_slot", "item_kind", "item_value", "_item_born"):

@@ -234,6 +234,14 @@ def test_nobody_is_blocked_for_a_scan_that_comes_from_many_addresses_at_once() -
     assert [detection.policy for detection in found] == [None] * 4
 
 
+def test_an_innocent_decoy_who_goes_on_with_his_work_is_not_blocked() -> None:
+    innocent = "192.0.2.7"
+    later = [packet for n in range(10) for packet in traffic.session(T + 10 + n, innocent, VICTIM, 50_000 + n, 443)]
+    found = run([*traffic.decoy_scan(T, range(1, 100), [innocent]), *later])
+    assert {detection.entity for detection in found} == {ATTACKER, innocent}
+    assert [detection.policy for detection in found] == [None, None]
+
+
 def test_nobody_is_blocked_for_a_flood_on_random_ports_under_his_address() -> None:
     found = run(traffic.forged_flood_on_random_ports(T, 20_000, 5_000))
     assert ("drop", ATTACKER) not in {(str(d.policy["action"]), d.entity) for d in found if d.policy is not None}

@@ -16,7 +16,7 @@ from typing import Literal
 from tests.lab.labels import Truth
 from tests.lab.network import Lab
 
-Protocol = Literal["tcp", "udp", "icmp"]
+Protocol = Literal["tcp", "udp", "icmp", "ip"]  # ip: any
 
 ATTACKER = "attacker"
 VICTIM = "server"
@@ -38,7 +38,7 @@ class Plan:
     """One attack to carry out: commands that run at the same time on the attacker, and what they amount to."""
 
     name: str
-    type: Literal["port_scan", "brute_force", "ddos", "dos"]
+    type: Literal["port_scan", "brute_force", "ddos", "dos", "web_attack", "dns_tunnel", "exfiltration", "botnet"]
     technique: str
     commands: tuple[tuple[str, ...], ...]
     sources: tuple[str, ...]
@@ -48,6 +48,8 @@ class Plan:
     timeout_s: float
     ok: tuple[int, ...] = (0,)
     spoofed: bool = False
+    host: str = ATTACKER  # where the commands run
+    visible_s: float = 0.0  # after its first packet, until it differs from what innocents do
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def carry_out(lab: Lab, plan: Plan) -> Truth:
     began_us = time.time_ns() // 1_000
 
     def run(command: Sequence[str]) -> None:
-        lab.run(ATTACKER, command, timeout_s=plan.timeout_s, ok=plan.ok)
+        lab.run(plan.host, command, timeout_s=plan.timeout_s, ok=plan.ok)
 
     with ThreadPoolExecutor(max_workers=len(plan.commands)) as pool:
         list(pool.map(run, plan.commands))

@@ -43,7 +43,7 @@ class Truth:
 
     def covers(self, packet: Packet) -> bool:
         """Does ``packet`` belong to this attack, in either direction?"""
-        if packet.protocol not in {_PROTOCOLS[self.protocol], _PROTOCOLS["icmp"]}:
+        if self.protocol != "ip" and packet.protocol not in {_PROTOCOLS[self.protocol], _PROTOCOLS["icmp"]}:
             return False
         if not self.began_us <= packet.ts_us <= self.ended_us + _LATE_US:
             return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,11 @@ PAGES = {
 }
 
 _LISTEN = "0A"
+_STAMP = """\
+import datetime, sys
+for line in sys.stdin:
+    print(datetime.datetime.now(datetime.timezone.utc).isoformat(), "server sshd[22]:", line, end="")
+"""
 
 
 def serve(lab: Lab) -> None:
@@ -50,7 +56,8 @@ def serve_web(lab: Lab) -> None:
         "events { worker_connections 1024; }\n"
         f"http {{ access_log {home}/access.log combined; {folders} server_tokens off; keepalive_timeout 5;\n"
         "  default_type application/octet-stream;\n"
-        f"  server {{ listen 80; listen [::]:80; server_name www.{DOMAIN}; root {root}; }} }}\n"
+        f"  server {{ listen 80; listen [::]:80; server_name www.{DOMAIN}; root {root};\n"
+        "    location = /login { return 200 'wrong name or password'; } } }\n"
     )
     command = ["nginx", "-e", str(home / "error.log"), "-p", str(home), "-c", str(home / "nginx.conf")]
     _start(lab, "web", command, lambda pid: _is_bound(pid, "tcp", 80, _LISTEN))
@@ -87,7 +94,17 @@ def serve_ssh(lab: Lab) -> None:
         if not _refuses(lab, home / "sshd_config", "PerSourcePenalties no"):
             config.write("PerSourcePenalties no\n")
     sshd = _path(lab, "sshd")  # sshd re-executes itself and insists on an absolute path
-    _start(lab, "ssh", [sshd, "-D", "-e", "-f", str(home / "sshd_config")], lambda pid: _is_bound(pid, "tcp", 22, _LISTEN))
+    # There is no syslog daemon in a namespace: what sshd says is stamped as one would.
+    (home / "stamp.py").write_text(_STAMP)
+    command = f"{sshd} -D -e -f {home}/sshd_config 2>&1 | {sys.executable} -u {home}/stamp.py >> {home}/auth.log"
+    _start(lab, "ssh", ["sh", "-c", command], lambda pid: _is_bound(pid, "tcp", 22, _LISTEN))
+
+
+def logs(lab: Lab) -> dict[str, Path]:
+    """The logs of the services that keep one, by the name that Debian gives them; absent ones are left out."""
+    home = lab[SERVER].directory
+    known = {"auth.log": home / "ssh" / "auth.log", "access.log": home / "web" / "access.log"}
+    return {name: path for name, path in known.items() if path.exists()}
 
 
 def ssh_command(lab: Lab, remote: str) -> list[str]:
