@@ -164,7 +164,8 @@ class Store(Section):
 class Enforce(Section):
     """The agent's firewall."""
 
-    backend: Literal["noop", "nftables", "iptables"] = "noop"
+    backend: Literal["noop", "nftables", "iptables", "kubernetes"] = "noop"
+    namespaces: Names = Field(default=("default",), min_length=1, description="of Kubernetes, whose pods are protected")
     mode: Literal["observe", "enforce"] = "observe"
     protected_networks: Names = Field(default=(), description="never blocked on this host, whatever is decided")
     scope: str = Field(default="", description="name of this enforcement point in acks; default: the host name")

@@ -72,7 +72,7 @@ def _desk(config: Path | None) -> Iterator[_Desk]:
         raise ProofError("NO_PROOF", f"{update.policy_id}: the command line takes no decisions")
 
     try:
-        backend = firewall.open_backend(settings.enforce.backend)
+        backend = firewall.open_backend(settings.enforce.backend, settings.enforce.namespaces)
     except BackendError as fault:
         raise output.CommandError(str(fault)) from None
     state = State(settings.node.state_dir / FILE_NAME, Mode(settings.enforce.mode))
@@ -233,6 +233,25 @@ def except_(
         desk.state.exempt(Exemption(lifted, now_ms + 1_000 * seconds, reason, now_ms))
         _reconcile(desk)
     output.note(f"{lifted} is not blocked on this host for {seconds} s")
+
+
+@enforce.command()
+def janitor(config: ConfigOption = None) -> None:
+    """End what has ended in Kubernetes' NetworkPolicies, which do not end by themselves; for a CronJob.
+
+    Needs no database and no cluster of ours. See config/kubernetes/janitor.yaml.
+    """
+    from cybermesh.config import load
+    from cybermesh.enforce.backends import BackendError
+    from cybermesh.roles import firewall
+
+    settings = load(config).settings.enforce
+    try:
+        backend = firewall.open_backend("kubernetes", settings.namespaces)
+        ended = _run(lambda: firewall.expire(backend, _now_ms()))
+    except BackendError as fault:
+        raise output.CommandError(str(fault)) from None
+    output.note(f"{ended} blocks had ended")
 
 
 @enforce.command("kill-switch")

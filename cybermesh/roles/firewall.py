@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from cybermesh.addresses import AddressError, Network, host, normalise_address, parse_network
 from cybermesh.config import ConfigError, Settings
 from cybermesh.enforce import surroundings
-from cybermesh.enforce.backends import Backend
+from cybermesh.enforce.backends import Backend, BackendError
 from cybermesh.enforce.backends.iptables import IptablesBackend, Programs
 from cybermesh.enforce.backends.nftables import NftablesBackend, open_channel
 from cybermesh.enforce.backends.noop import NoopBackend
@@ -28,7 +28,7 @@ Named = tuple[str, Network]
 _LOOK_UP_EVERY_MS: Final = 60_000
 
 
-def open_backend(name: str) -> Backend:
+def open_backend(name: str, namespaces: Sequence[str] = ("default",)) -> Backend:
     """Return the firewall that ``enforce.backend`` names; whoever asks closes it.
 
     Raises:
@@ -39,8 +39,26 @@ def open_backend(name: str) -> Backend:
             return NftablesBackend(open_channel())
         case "iptables":
             return IptablesBackend(Programs.find())
+        case "kubernetes":
+            try:
+                # An optional extra, and half a second of imports.
+                from cybermesh.enforce.backends.kubernetes import KubernetesBackend
+            except ImportError as fault:
+                raise BackendError("NO_FIREWALL", "install the extra: pip install 'cybermesh[kubernetes]'") from fault
+            return KubernetesBackend(namespaces)
         case _:
             return NoopBackend()
+
+
+async def expire(backend: Backend, now_ms: int) -> int:
+    """End what has ended where a firewall does not do it by itself; return how many elements that were.
+
+    Raises:
+        BackendError: It could not be read or written.
+    """
+    before = await backend.audit(0)
+    after = await backend.audit(now_ms)
+    return len(before.elements) - len(after.elements)
 
 
 class Shield:

@@ -265,7 +265,7 @@ def _make_agent(context: _Context, stack: AsyncExitStack) -> AgentRole:
     settings = context.settings.enforce
     state = AgentState(context.file(FILE_NAME), Mode(settings.mode))
     stack.callback(state.close)
-    backend = open_backend(settings.backend)
+    backend = open_backend(settings.backend, settings.namespaces)
     stack.callback(backend.close)
     return AgentRole(
         AgentParts(
