@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -29,11 +28,12 @@ from cybermesh.bus.memory import MemoryBus
 from cybermesh.bus.topics import Topics
 from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.events import Commit
-from cybermesh.consensus.transport.tcp import TcpTransport, listen_on
+from cybermesh.consensus.transport.tcp import listen_on
 from cybermesh.keys import SigningKey
 from cybermesh.ledger.state import State
 from cybermesh.messages import GIB
 from cybermesh.roles.clock import SystemClock
+from cybermesh.roles.links import Links
 from cybermesh.roles.validator import ValidatorParts, ValidatorRole, create_safety_file
 from cybermesh.store.store import open_store
 
@@ -110,7 +110,8 @@ async def run(task: LedgerTask, stack: AsyncExitStack) -> None:
     index = committee.index_of(key.public)
     _tell({"addresses": {index: listener.getsockname()[:2]}})
     addresses = {int(each): (host, port) for each, (host, port) in (await _line())["addresses"].items()}
-    transport = TcpTransport(committee, key, listener, addresses, random.random)
+    known = {committee.public_keys[each]: address for each, address in addresses.items()}
+    links = Links(key, listener, lambda: known)
     values = read_messages(Path(task.messages))
     progress = Progress((len(values) // 10, len(values) * 19 // 20))
     bus = await stack.enter_async_context(MemoryBus(clock.wall_ms, records_max=len(values), bytes_max=GIB))
@@ -126,7 +127,7 @@ async def run(task: LedgerTask, stack: AsyncExitStack) -> None:
             topics=topics,
             group="bench",
             bus=bus,
-            transport=transport,
+            connect=links.connect,
             store=store,
             safety_file=safety_file,
             clock=clock,
@@ -135,8 +136,8 @@ async def run(task: LedgerTask, stack: AsyncExitStack) -> None:
     )
     began = time.monotonic()
     async with asyncio.TaskGroup() as group:
-        running = [group.create_task(part, name="bench") for part in (transport.run(), role.run())]
-        while role.status is None or role.status.problem is not None or len(transport.peers) < committee.n - 1:  # noqa: ASYNC110
+        running = [group.create_task(role.run(), name="validator")]
+        while not _takes_part(role, links, committee.n - 1):  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(_LOOK_S)
         _tell({"ready_s": time.monotonic() - began})
         await asyncio.sleep(max(0.0, (await _line())["at"] - time.monotonic()))
@@ -146,6 +147,11 @@ async def run(task: LedgerTask, stack: AsyncExitStack) -> None:
         await _line()
         for each in running:
             each.cancel()
+
+
+def _takes_part(role: ValidatorRole, links: Links, peers: int) -> bool:
+    status = role.status
+    return status is not None and status.problem is None and links.figures()["validator_peers_connected"] >= peers
 
 
 async def _line() -> Any:

@@ -16,7 +16,7 @@ from cybermesh.bus.memory import MemoryBus
 from cybermesh.bus.topics import CONSUMER_GROUP, Topics
 from cybermesh.consensus.committee import quorum
 from cybermesh.consensus.events import Commit
-from cybermesh.consensus.transport.memory import MemoryNetwork
+from cybermesh.consensus.transport.memory import MemoryNetworks
 from cybermesh.detect.pipeline import Pipeline
 from cybermesh.enforce import guard
 from cybermesh.enforce.acks import Outcome
@@ -94,7 +94,7 @@ class Assembly:
         self._watch = watch
         self._stopped = frozenset(stopped)
         self._bus = MemoryBus(clock.wall_ms)
-        self._network = MemoryNetwork(VALIDATORS)
+        self._networks = MemoryNetworks()
         self.mesh = Mesh(plan())
 
     async def open(self, stack: AsyncExitStack, backend: Backend, detector: Detector | None) -> Mesh:
@@ -125,7 +125,6 @@ class Assembly:
         safety_file = safety_file_of(folder / "validator.key")
         create_safety_file(safety_file, deployment.genesis, key)
         store = await stack.enter_async_context(open_store(folder / "ledger.db"))
-        transport = stack.enter_context(self._network.endpoint(deployment.validator_index(number)))
         self.mesh.stores[number] = store
         self.mesh.validators[number] = ValidatorRole(
             ValidatorParts(
@@ -135,7 +134,7 @@ class Assembly:
                 topics=Topics(),
                 group=CONSUMER_GROUP,
                 bus=self._bus,
-                transport=transport,
+                connect=self._networks.links(key.public),
                 store=store,
                 safety_file=safety_file,
                 clock=self._clock,

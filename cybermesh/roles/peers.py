@@ -4,12 +4,15 @@
     validator-1 = "10.0.0.1:8601"
     validator-2 = "[2001:db8::2]:8601"
 
+A validator that came later is named by its public key, 64 hex digits.
+
 Addresses are no secret and no identity: who answers at one must prove the validator's key, so a wrong file costs connections
 and nothing else.
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +22,7 @@ from cybermesh.genesis import Genesis
 
 Address = tuple[str, int]
 PORT_FIRST = 8601
+_KEY = re.compile("[0-9a-f]{64}")
 
 
 def parse_address(text: str, where: str) -> Address:
@@ -41,7 +45,7 @@ def read_peers(path: Path, genesis: Genesis) -> dict[bytes, Address]:
     """Return every validator's address, by public key.
 
     Raises:
-        ConfigError: The file cannot be read, or does not name just the validators of the genesis.
+        ConfigError: The file cannot be read, or lacks a validator of the genesis, or names what is neither one nor a key.
     """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -53,6 +57,7 @@ def read_peers(path: Path, genesis: Genesis) -> dict[bytes, Address]:
     if not isinstance(table, Mapping) or len(tree) != 1:
         raise ConfigError(f"{path}: expected one table, [validators]")
     names = {member.name: member.pubkey for member in genesis.validators}
+    names |= {name: bytes.fromhex(name) for name in table if _KEY.fullmatch(name)}
     for name in sorted(names.keys() ^ table.keys()):
         problem = "is not in the genesis; remove it" if name in table else "is missing; say where it listens"
         raise ConfigError(f"{path}: validators.{name}: {problem}")

@@ -7,10 +7,10 @@ reach.
 from __future__ import annotations
 
 import asyncio
-import random
+import contextlib
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,9 +21,8 @@ from cybermesh.bus import Bus
 from cybermesh.bus.topics import Topics
 from cybermesh.config import ConfigError, Settings
 from cybermesh.consensus.committee import Committee
-from cybermesh.consensus.transport import Transport
-from cybermesh.consensus.transport.memory import MemoryNetwork
-from cybermesh.consensus.transport.tcp import TcpTransport, listen_on
+from cybermesh.consensus.transport.memory import MemoryNetworks
+from cybermesh.consensus.transport.tcp import Address, listen_on
 from cybermesh.detect.engines.rule_file import RuleError
 from cybermesh.detect.modelfile import ModelError
 from cybermesh.enforce.decisions import Mode
@@ -41,9 +40,11 @@ from cybermesh.roles.detection import open_detector
 from cybermesh.roles.firewall import Shield, open_backend, read_genesis
 from cybermesh.roles.garbage import collect_rarely
 from cybermesh.roles.inputs import feeds_of, metering_of
+from cybermesh.roles.links import Links
 from cybermesh.roles.open_bus import open_bus
 from cybermesh.roles.peers import parse_address, read_peers
 from cybermesh.roles.positions import Positions
+from cybermesh.roles.recovery import present_committee
 from cybermesh.roles.validator import ValidatorParts, ValidatorRole, safety_file_of
 from cybermesh.store.store import open_store
 
@@ -104,7 +105,7 @@ class _Running:
 
     name: Role
     role: AiRole | ValidatorRole | AgentRole
-    transport: TcpTransport | None = None
+    links: Links | None = None
 
     def problem(self) -> str:
         match self.role:
@@ -118,10 +119,8 @@ class _Running:
 
     def figures(self) -> Figures:
         found = dict(self.role.figures())
-        if self.transport is not None:
-            found["validator_peers_connected"] = len(self.transport.peers)
-            found["validator_connections_refused_total"] = self.transport.counters.refused.total()
-            found["validator_frames_lost_total"] = self.transport.lost
+        if self.links is not None:
+            found |= self.links.figures()
         return found
 
 
@@ -141,8 +140,6 @@ async def _until_signal(running: Sequence[_Running], settings: Settings, bus: Bu
     )
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(entry.role.run(), name=entry.name) for entry in running]
-        transports = [entry.transport for entry in running if entry.transport is not None]
-        tasks += [group.create_task(transport.run(), name="transport") for transport in transports]
         tasks.append(group.create_task(serve(settings.http.host, settings.http.port, probes), name="health"))
         await stopped.wait()
         for task in tasks:
@@ -219,10 +216,14 @@ async def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
 async def _make_validator(context: _Context, stack: AsyncExitStack) -> _Running:
     settings = context.settings
     key = context.key(Role.VALIDATOR)
-    is_alone = len(context.genesis.validators) == 1
-    tcp = None if is_alone else _open_transport(context, key, stack)
-    transport: Transport = tcp or stack.enter_context(MemoryNetwork(1).endpoint(0))
     store = await stack.enter_async_context(open_store(store_location(settings)))
+    first = Committee.of(context.genesis.chain_id, (member.pubkey for member in context.genesis.validators))
+    committee = await present_committee(store, first)
+    if committee.index_of(key.public) is None:
+        raise ConfigError(
+            f"keys.validator: {key.public.hex()} belongs to no validator of the committee; use this node's own key"
+        )
+    links = None if first.n == 1 else _open_links(context, key, stack)
     role = ValidatorRole(
         ValidatorParts(
             genesis=context.genesis,
@@ -231,29 +232,34 @@ async def _make_validator(context: _Context, stack: AsyncExitStack) -> _Running:
             topics=context.topics,
             group=settings.kafka.consumer_group_id,
             bus=context.bus,
-            transport=transport,
+            connect=MemoryNetworks().links(key.public) if links is None else links.connect,
             store=store,
             safety_file=safety_file_of(context.key_file(Role.VALIDATOR)),
             clock=context.clock,
         )
     )
-    return _Running(Role.VALIDATOR, role, tcp)
+    return _Running(Role.VALIDATOR, role, links)
 
 
-def _open_transport(context: _Context, key: SigningKey, stack: AsyncExitStack) -> TcpTransport:
+def _open_links(context: _Context, key: SigningKey, stack: AsyncExitStack) -> Links:
     settings = context.settings.consensus
     addresses = read_peers(settings.peers, context.genesis)
-    committee = Committee.of(context.genesis.chain_id, addresses)
-    if key.public not in addresses:
-        raise ConfigError(f"keys.validator: {key.public.hex()} belongs to no validator of the genesis; use this node's own key")
+    if not settings.listen and key.public not in addresses:
+        raise ConfigError(f"{settings.peers}: does not say where {key.public.hex()} listens; add it, or set consensus.listen")
     address = parse_address(settings.listen, "consensus.listen") if settings.listen else addresses[key.public]
     try:
         listener = stack.enter_context(listen_on(address))
     except OSError as error:
         where = f"{address[0]}:{address[1]}"
         raise ConfigError(f"consensus.listen: cannot listen on {where}: {error.strerror}; see {settings.peers}") from error
-    by_index = {index: addresses[public] for index, public in enumerate(committee.public_keys)}
-    return TcpTransport(committee, key, listener, by_index, random.random)
+
+    def known() -> Mapping[bytes, Address]:
+        # Read again for each committee. A file that was spoilt meanwhile must not stop a validator that runs.
+        with contextlib.suppress(ConfigError):
+            addresses.update(read_peers(settings.peers, context.genesis))
+        return addresses
+
+    return Links(key, listener, known)
 
 
 def store_location(settings: Settings) -> str | Path:

@@ -9,10 +9,11 @@ cannot be done for now (store busy, mempool full) pauses the consumption of mess
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,9 @@ from cybermesh.consensus.driver import Counters, Driver, SafetyFile, Shell, Stat
 from cybermesh.consensus.events import Commit, SafetyRecord
 from cybermesh.consensus.journal import Journal, JournalError, KeyInUseError, MemoryJournal, standing
 from cybermesh.consensus.leader import Reputation
-from cybermesh.consensus.mempool import Mempool
+from cybermesh.consensus.mempool import Admission, Mempool, PendingTransaction
 from cybermesh.consensus.pacemaker import Timing
-from cybermesh.consensus.parts import Parts
+from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.transport import Transport
 from cybermesh.consensus.types import Evidence, accused
 from cybermesh.envelope import EnvelopeError
@@ -52,6 +53,7 @@ from cybermesh.store.store import Store
 from cybermesh.wire.control import open_ack
 
 SNAPSHOT_EVERY: Final = 1_000
+ROOM_S: Final = 1.0
 EVIDENCE_WAITING_MAX: Final = 64
 EVIDENCE_KEPT_MAX: Final = 100
 """Proofs of equivocation that one start writes down of one validator: the first says it all, and each costs a write."""
@@ -59,7 +61,10 @@ EVIDENCE_KEPT_MAX: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class ValidatorParts:
-    """What a validator is composed of; ``number`` is its NODE_ID, ``safety_file`` the journal beside its key."""
+    """What a validator is composed of; ``number`` is its NODE_ID, ``safety_file`` the journal beside its key.
+
+    ``connect`` gives the connections to the others of a committee, for as long as its epoch lasts.
+    """
 
     genesis: Genesis
     key: SigningKey
@@ -67,7 +72,7 @@ class ValidatorParts:
     topics: Topics
     group: str
     bus: Bus
-    transport: Transport
+    connect: Callable[[Committee], AbstractAsyncContextManager[Transport]]
     store: Store
     safety_file: Path
     clock: Clock
@@ -120,10 +125,6 @@ def consensus_figures(counters: Counters, status: Status) -> Figures:
     }
 
 
-class NotAMemberError(Exception):
-    """The key of this node is not in the committee."""
-
-
 class ValidatorRole:
     """One member of the committee."""
 
@@ -131,12 +132,8 @@ class ValidatorRole:
         self._parts = parts
         self._log = logger(role="validator", node=parts.number)
         self._committee = _committee(parts.genesis)
-        index = self._committee.index_of(parts.key.public)
-        if index is None:
-            raise NotAMemberError(
-                f"key {parts.key.public.hex()} belongs to no validator of the genesis; use this node's own key"
-            )
-        self._index = index
+        self._index: int | None = self._committee.index_of(parts.key.public)
+        self._mempool = Mempool()
         self._application = LedgerApplication(parts.genesis, parts.clock.monotonic_s)
         self._patience = Patience(self._log)
         name, group = f"validator-{parts.number}", validator_group(str(parts.number), self._committee.n, parts.group)
@@ -183,7 +180,8 @@ class ValidatorRole:
         if self._driver is None:
             return None
         status = self._driver.status
-        return replace(status, problem=status.problem or self._patience.problem)
+        has_left = "not in the committee any more" if self._index is None else None
+        return replace(status, problem=has_left or status.problem or self._patience.problem)
 
     async def run(self) -> None:
         """Take part until cancelled.
@@ -196,18 +194,44 @@ class ValidatorRole:
         """
         async with AsyncExitStack() as stack:
             journal, signer = await self._memory(stack)
+            self._take_seat(await recovery.present_committee(self._parts.store, self._committee))
             root = await recovery.restore(self._parts.store, self._parts.genesis, self._committee, self._application)
             self._snapshot_height = root.height
             self._follow_ring(root.state)
-            driver = self._driver = Driver(self._consensus_parts(signer), root, self._shell(journal))
             self._log.info("validator_started", index=self._index, height=root.height, votes=signer is not None)
             async with asyncio.TaskGroup() as group:
-                group.create_task(driver.run(), name=f"validator-{self._parts.number} consensus")
+                group.create_task(self._take_part(root, journal, signer), name=f"validator-{self._parts.number} consensus")
                 group.create_task(self._outbox.run(), name=f"validator-{self._parts.number} outbox")
-                group.create_task(self._intake.run(driver), name=f"validator-{self._parts.number} messages")
+                group.create_task(self._intake.run(self), name=f"validator-{self._parts.number} messages")
                 group.create_task(self._keep_evidence(), name=f"validator-{self._parts.number} evidence")
                 if self._parts.topics.control_policy_ack:
                     group.create_task(self._consume_acks(), name=f"validator-{self._parts.number} acks")
+
+    async def _take_part(self, root: Root[State], journal: SafetyFile, signer: Signer | None) -> None:
+        """Take part in consensus, epoch after epoch, for as long as this node is in the committee."""
+        while self._index is not None:
+            async with self._parts.connect(self._committee) as transport:
+                parts = self._consensus_parts(self._index, signer)
+                driver = self._driver = Driver(parts, root, self._shell(journal, transport))
+                end = await driver.run()
+            root = end.root
+            self._take_seat(end.committee)
+            self._log.info("epoch_began", epoch=end.committee.epoch, after=root.height, index=self._index)
+        self._log.warning("left_committee", epoch=self._committee.epoch)
+
+    def _take_seat(self, committee: Committee) -> None:
+        self._committee = committee
+        self._index = committee.index_of(self._parts.key.public)
+
+    def submit(self, transaction: PendingTransaction) -> Admission:
+        """Offer an admitted transaction, whichever epoch it is."""
+        return self._mempool.add(transaction) if self._driver is None else self._driver.submit(transaction)
+
+    async def room(self) -> None:
+        """Return after the next commit, or a while later: an epoch may have ended, and with it the driver that tells."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ROOM_S):
+                await (asyncio.Event().wait() if self._driver is None else self._driver.room())
 
     # Start
 
@@ -237,13 +261,13 @@ class ValidatorRole:
         await node.record_boot(journal.boot, parts.clock.wall_ms())
         return journal, parts.key
 
-    def _consensus_parts(self, signer: Signer | None) -> Parts[State]:
+    def _consensus_parts(self, index: int, signer: Signer | None) -> Parts[State]:
         timing = self._parts.genesis.timing
         return Parts(
             committee=self._committee,
-            index=self._index,
+            index=index,
             application=self._application,
-            mempool=Mempool(),
+            mempool=self._mempool,
             leaders=Reputation(self._committee),
             check=verify,
             signer=signer,
@@ -251,9 +275,9 @@ class ValidatorRole:
             timing=Timing(base_ms=timing.base_ms, heartbeat_ms=1000 * timing.heartbeat_s),
         )
 
-    def _shell(self, journal: SafetyFile) -> Shell[State]:
+    def _shell(self, journal: SafetyFile, transport: Transport) -> Shell[State]:
         return Shell(
-            transport=self._parts.transport,
+            transport=transport,
             journal=journal,
             source=recovery.ServedBlocks(self._parts.store, self._not_served),
             on_commit=self._commit,
@@ -312,7 +336,8 @@ class ValidatorRole:
         self._snapshot_height = height
 
     def _is_first(self, height: int) -> bool:
-        return publishes_at_once(self._index, height, self._committee.n, faults(self._committee.n))
+        members = self._committee.n
+        return self._index is not None and publishes_at_once(self._index, height, members, faults(members))
 
     def _not_served(self, error: Exception) -> None:
         self._log.warning("blocks_not_served", reason=str(error))
@@ -321,8 +346,9 @@ class ValidatorRole:
         self._log.warning("outbox_waiting", reason=str(error))
 
     def _accuse(self, evidence: Evidence) -> None:
-        member = self._parts.genesis.committee[accused(evidence)]
-        self._log.error("equivocation", validator=member.name, kind=type(evidence).__name__)
+        public = self._committee.public_keys[accused(evidence)]
+        names = {member.pubkey: member.name for member in self._parts.genesis.validators}
+        self._log.error("equivocation", validator=names.get(public, public.hex()), kind=type(evidence).__name__)
         self.counts.equivocations += 1
         if not self._evidence.full():  # else the culprit has given more of it than anybody needs
             self._evidence.put_nowait(evidence)

@@ -10,7 +10,8 @@ from pathlib import Path
 from cybermesh.bus import BusError, Delivery, Published
 from cybermesh.bus.memory import MemoryBus
 from cybermesh.bus.topics import CONSUMER_GROUP, Topics
-from cybermesh.consensus.transport.memory import MemoryNetwork
+from cybermesh.consensus.committee import Committee
+from cybermesh.consensus.transport.memory import MemoryNetworks
 from cybermesh.envelope.nonces import Nonce
 from cybermesh.envelope.signing import (
     AnomalyContent,
@@ -68,7 +69,8 @@ class Site:
         self.genesis = self.deployment.genesis
         self.clock = SystemClock()
         self.bus = StubbornBus(self.clock.wall_ms)
-        self.network = MemoryNetwork(validators)
+        self.networks = MemoryNetworks()
+        self.committee = Committee.of(self.genesis.chain_id, [member.pubkey for member in self.genesis.validators])
         self.roles: dict[int, ValidatorRole] = {}
         self.stores: dict[int, Store] = {}
         self._folder = folder
@@ -88,24 +90,24 @@ class Site:
         async with AsyncExitStack() as stack:
             store = await stack.enter_async_context(open_store(self.ledger_file(number)))
             stack.callback(self.stores.pop, number, None)
-            with self.network.endpoint(self.deployment.validator_index(number)) as transport:
-                self.stores[number] = store
-                role = ValidatorRole(
-                    ValidatorParts(
-                        genesis=self.genesis,
-                        key=self.deployment.keys[f"validator-{number}"],
-                        number=number,
-                        topics=TOPICS,
-                        group=CONSUMER_GROUP,
-                        bus=self.bus,
-                        transport=transport,
-                        store=store,
-                        safety_file=self.safety_file(number),
-                        clock=self.clock,
-                    )
+            self.stores[number] = store
+            key = self.deployment.keys[f"validator-{number}"]
+            role = ValidatorRole(
+                ValidatorParts(
+                    genesis=self.genesis,
+                    key=key,
+                    number=number,
+                    topics=TOPICS,
+                    group=CONSUMER_GROUP,
+                    bus=self.bus,
+                    connect=self.networks.links(key.public),
+                    store=store,
+                    safety_file=self.safety_file(number),
+                    clock=self.clock,
                 )
-                self.roles[number] = role
-                await role.run()
+            )
+            self.roles[number] = role
+            await role.run()
 
     @asynccontextmanager
     async def running(self, *numbers: int) -> AsyncIterator[None]:

@@ -64,3 +64,10 @@ def test_a_wrong_file_names_what_is_wrong(tmp_path: Path, genesis: Genesis, text
     assert str(path) in str(refused.value)
     with pytest.raises(ConfigError, match=r"none\.toml.*consensus\.peers"):
         read_peers(tmp_path / "none.toml", genesis)
+
+
+def test_a_validator_that_came_later_is_named_by_its_key(tmp_path: Path, genesis: Genesis) -> None:
+    path, key = tmp_path / "peers.toml", "5e" * 32
+    names = [member.name for member in genesis.validators]
+    path.write_text(encode_peers(names) + f'"{key}" = "10.0.0.9:8601"\n')
+    assert read_peers(path, genesis)[bytes.fromhex(key)] == ("10.0.0.9", 8601)

@@ -272,7 +272,7 @@ async def test_equivocation_is_kept_in_the_audit_trail_and_shown(four: Site) -> 
             place = (round_, BlockHash(bytes((fill,)) * 32), Round(round_ - 1), BlockHash(bytes(32)))
             signature = key.sign(vote_bytes(committee, *place))
             votes.append(Vote(committee.epoch, *place, culprit, signature))
-        with four.network.endpoint(culprit) as transport:
+        with four.networks.of(four.committee).endpoint(culprit) as transport:
             for vote in votes:
                 transport.send(four.deployment.validator_index(1), Kind.VOTE, encode_message(vote))
             await four.until(lambda: four.roles[1].figures()["validator_equivocations_total"] == 1)

@@ -5,8 +5,11 @@ Opening an endpoint connects it to every open one and both sides learn of it; cl
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 
+from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.transport import Frame, Kind
 from cybermesh.consensus.transport.inbox import Inbox
 
@@ -38,6 +41,29 @@ class MemoryNetwork:
     def peer(self, index: int) -> MemoryTransport | None:
         """Return the open endpoint of a validator."""
         return self._open.get(index)
+
+
+class MemoryNetworks:
+    """A network for each committee, so that a process can go on when another one takes over."""
+
+    def __init__(self) -> None:
+        self._networks: dict[Committee, MemoryNetwork] = {}
+
+    def of(self, committee: Committee) -> MemoryNetwork:
+        """Return the network of a committee."""
+        return self._networks.setdefault(committee, MemoryNetwork(committee.n))
+
+    def links(self, public: bytes) -> Callable[[Committee], AbstractAsyncContextManager[MemoryTransport]]:
+        """Return what connects the validator with this key to the others of a committee."""
+
+        @asynccontextmanager
+        async def connect(committee: Committee) -> AsyncIterator[MemoryTransport]:
+            index = committee.index_of(public)
+            assert index is not None
+            with self.of(committee).endpoint(index) as transport:
+                yield transport
+
+        return connect
 
 
 class MemoryTransport:

@@ -79,10 +79,10 @@ class TcpCounters:
 
 @dataclass(slots=True)
 class _Link:
-    """One peer: what waits for it, and its connection."""
+    """One peer: what waits for it, and its connection; without an address it has to call."""
 
     peer: int
-    address: Address
+    address: Address | None
     queue: PeerQueue = field(default_factory=PeerQueue)
     connection: Connection | None = None
     since: float = 0.0
@@ -122,7 +122,7 @@ class TcpTransport:
         committee: Who may connect, and for which chain.
         key: This validator's own key.
         listener: A listening socket, closed by whoever opened it.
-        addresses: Where the others listen, by index.
+        addresses: Where the others listen, by index; who has none is not called and must call.
         jitter: Gives numbers from 0 to 1 that spread the calls of many nodes.
         limits: Bounds of the connections.
     """
@@ -138,7 +138,6 @@ class TcpTransport:
     ) -> None:
         index = committee.index_of(key.public)
         assert index is not None
-        assert addresses.keys() | {index} >= set(range(committee.n))
         self.index = index
         self.counters = TcpCounters()
         self._committee = committee
@@ -147,7 +146,7 @@ class TcpTransport:
         self._limits = limits or TcpLimits()
         self._tls = make_contexts(key, committee.public_keys)
         self._instance = secrets.token_bytes(16)
-        self._links = {peer: _Link(peer, addresses[peer]) for peer in range(committee.n) if peer != index}
+        self._links = {peer: _Link(peer, addresses.get(peer)) for peer in range(committee.n) if peer != index}
         self._inbox = Inbox()
         self._open: set[Connection] = set()
         self._arrivals: dict[asyncio.Task[None], _Arrival] = {}
@@ -197,7 +196,9 @@ class TcpTransport:
                 group.create_task(self._accept(group), name=f"transport-{self.index} accept")
                 group.create_task(self._watch(), name=f"transport-{self.index} watch")
                 for link in self._links.values():
-                    group.create_task(self._keep_calling(link), name=f"transport-{self.index} to {link.peer}")
+                    if link.address is not None:
+                        calling = self._keep_calling(link, link.address)
+                        group.create_task(calling, name=f"transport-{self.index} to {link.peer}")
         finally:
             for connection in list(self._open):
                 connection.refuse(Refusal.STOPPING)
@@ -271,14 +272,14 @@ class TcpTransport:
         except OSError:
             self.counters.accept_failures += 1
 
-    async def _keep_calling(self, link: _Link) -> None:
+    async def _keep_calling(self, link: _Link, address: Address) -> None:
         loop = asyncio.get_running_loop()
         failures = 0
         if self.index > link.peer:
             await asyncio.sleep(self._pause_s(failures))
         while True:
             await link.is_down.wait()
-            await self._call(link)
+            await self._call(link, address)
             if link.connection is not None:
                 await link.is_down.wait()
                 has_lasted = loop.time() - link.since > self._limits.redial_max_s
@@ -292,7 +293,7 @@ class TcpTransport:
         pause_s = min(limits.redial_first_s * 2.0 ** min(failures, 30), limits.redial_max_s)
         return pause_s * (0.5 + 0.5 * self._jitter())
 
-    async def _call(self, link: _Link) -> None:
+    async def _call(self, link: _Link, address: Address) -> None:
         """Try once to connect to a peer."""
 
         def identify(certificate: bytes | None) -> int:
@@ -301,7 +302,7 @@ class TcpTransport:
             return link.peer
 
         connection = self._connection(identify, called=link.peer)
-        host, port = link.address
+        host, port = address
         try:
             async with asyncio.timeout(self._limits.greeting_s):
                 # No server name: a validator is its key. The empty one keeps asyncio from taking the host's.
