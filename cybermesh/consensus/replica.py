@@ -292,12 +292,12 @@ class Replica(Generic[S]):
 
     def _on_blocks(self, sender: int, answer: Blocks) -> None:
         is_asked = sender == self._catch_up.asked
-        if not is_asked and sender not in self._ahead:
-            self._is_refused(sender, "unasked blocks")
+        if self._is_refused(sender, None if is_asked or sender in self._ahead else "unasked blocks"):
             return
         has_grown = False
         for block, certificate in with_certificates(answer, self._high_qc):
-            if block.height <= self.root.height or block.hash in self._tree:
+            is_known = block.hash in self._tree and certificate.block_hash == block.hash
+            if block.height <= self.root.height or is_known:
                 continue
             above = answer.headers if block is answer.blocks[-1] else ()
             fault = self._verifier.certified_fault(block, certificate, above)
@@ -365,12 +365,13 @@ class Replica(Generic[S]):
         self._tree.prune(self._high_qc.block_hash, Round(round_ - 2 * self._committee.n))
 
     def _commit(self, qc: QuorumCert, block_hash: BlockHash, above: Sequence[Header] = ()) -> None:
-        commit = self._chain.commit(qc, block_hash, above)
-        self._effects.append(commit)
-        self._is_over = commit.next_committee is not None  # R12
+        if block_hash != self.root.hash:  # another certificate may have been faster
+            commit = self._chain.commit(qc, block_hash, above)
+            self._effects.append(commit)
+            self._is_over = commit.next_committee is not None  # R12
 
     def _add_certified(self, block: Block) -> bool:
-        fault = self._chain.add(block)
+        fault = None if block.hash in self._tree else self._chain.add(block)
         if fault is not None:
             self._effects.append(Halt(f"block {block.hash.hex()} at height {block.height} is certified but has a bad {fault}"))
             return False

@@ -177,7 +177,10 @@ def lead_on(request: ServeEpoch, stored: Sequence[Block], end: tuple[Sequence[He
 def with_certificates(answer: Blocks, known: QuorumCert) -> list[tuple[Block, QuorumCert]]:
     """Return each block of an answer with what certifies it: the next block's certificate, or for the last one the answer's.
 
-    ``known`` is the highest certificate that the asker holds itself; it counts where it is over the last block.
+    ``known`` is the highest certificate that the asker holds itself; it counts where it is over the last block, unless the
+    answer's one commits that block.
     """
-    last = known if known.block_hash == answer.blocks[-1].hash and not answer.headers else answer.certificate
+    end = answer.blocks[-1].hash
+    is_commit = bool(answer.headers) or answer.certificate.parent_hash == end
+    last = known if known.block_hash == end and not is_commit else answer.certificate
     return list(zip(answer.blocks, [*(block.qc for block in answer.blocks[1:]), last], strict=True))

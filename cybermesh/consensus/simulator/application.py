@@ -15,6 +15,7 @@ from cybermesh.messages import tx_digest
 
 ALARM: Final = b"alarm "
 STAMP: Final = b"stamp "
+EPOCH: Final = b"epoch "
 WINDOW_MS: Final = 60_000
 
 
@@ -35,8 +36,12 @@ class LogApplication:
     """Applies each transaction once; an empty one is invalid.
 
     ``alarm 700`` falls due 700 ms of block time later; ``stamp 1700000000000`` is proposed only by whoever's clock is within
-    a minute of it, as a producer's message is, and is valid for all others.
+    a minute of it, as a producer's message is, and is valid for all others; ``epoch 7`` ends the epoch, and the validators with
+    the ``keys`` go on in the next one.
     """
+
+    def __init__(self, keys: tuple[bytes, ...] = ()) -> None:
+        self._keys = keys
 
     def genesis(self) -> LogState:
         """Return the state before the first block."""
@@ -81,7 +86,8 @@ class LogApplication:
         fresh = [context.time_ms + int(each[len(ALARM) :]) for each in payload if each.startswith(ALARM)]
         alarms = tuple(sorted([*parent.alarms[len(due) :], *fresh]))
         state = LogState(root, applied, alarms, parent.rung + len(due))
-        return Execution(state, root, len(applied), bool(payload or due), None)
+        is_last = any(each.startswith(EPOCH) for each in payload)
+        return Execution(state, root, len(applied), bool(payload or due), None, self._keys if is_last else None)
 
     def next_due_ms(self, state: LogState) -> int | None:
         """Return the next alarm."""

@@ -214,7 +214,7 @@ def _arrivals(rng: random.Random, machines: int, heal_ms: int, deaf: Collection[
     arrivals: list[Arrival] = []
     for number in range(rng.randrange(2, 6)):
         somebody = [position for position in range(machines) if rng.random() < 0.8] or [0]
-        text = b"alarm %d" % rng.randrange(50, 3_000) if rng.random() < 0.2 else b"before %d" % number
+        text = rng.choices((b"before %d" % number, b"alarm %d" % rng.randrange(50, 3_000), b"epoch %d" % number), (7, 2, 1))[0]
         arrivals.append((rng.randrange(heal_ms), tuple(somebody), text))
     # What arrives after healing must be committed by everybody: that is the test of liveness.
     learners = [position for position in range(machines) if position not in deaf]

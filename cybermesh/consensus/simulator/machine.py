@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.events import Effect, Event, SafetyRecord
 from cybermesh.consensus.forensics import Testimony
 from cybermesh.consensus.journal import standing
@@ -14,7 +15,7 @@ from cybermesh.consensus.mempool import Mempool
 from cybermesh.consensus.replica import Replica
 from cybermesh.consensus.simulator.application import LogState
 from cybermesh.consensus.simulator.oracles import NodeOracle
-from cybermesh.consensus.types import Block, BlockHash, QuorumCert
+from cybermesh.consensus.types import Block, BlockHash, Header, QuorumCert
 
 if TYPE_CHECKING:
     from cybermesh.consensus.simulator.traitor import Traitor
@@ -33,6 +34,7 @@ class Disk:
     state: LogState | None = None
     stored_boot: int = 0
     stored_voted_round: int = 0
+    epoch_ends: dict[int, tuple[tuple[Header, ...], QuorumCert]] = field(default_factory=dict)
 
     @property
     def fault(self) -> str | None:
@@ -41,13 +43,15 @@ class Disk:
             self.record,
             stored_boot=self.stored_boot,
             stored_voted_round=self.stored_voted_round,
-            stored_epoch=self.record.epoch,
+            stored_epoch=self.chain[-1].header.epoch if self.chain else self.record.epoch,
         )
 
 
 @dataclass(slots=True)
 class Machine:
     """``position`` numbers machines, ``index`` validators; a twin shares its index. ``lives`` counts starts.
+
+    ``committee`` is that of the epoch it is in.
 
     While a write waits for room on the disk, ``stuck`` holds what is to be done after it and ``backlog`` what came meanwhile.
     ``committed`` is all that it has ever committed, across its lives.
@@ -56,12 +60,14 @@ class Machine:
     position: int
     index: int
     name: str
+    committee: Committee
     disk: Disk
     oracle: NodeOracle
     skew_ms: int
     peers: tuple[int, ...]
     traitor: Traitor | None = None
     is_honest: bool = True
+    is_observer: bool = False
     replica: Replica[LogState] | None = None
     mempool: Mempool = field(default_factory=Mempool)
     wake_at: int | None = None

@@ -25,6 +25,7 @@ class NodeOracle:
 
     name: str
     is_retired: bool = False  # its safety file was lost, or is older than what the store has seen of its key
+    epoch: int = 1
     committed: list[BlockHash] = field(default_factory=list)
     _votes: dict[Round, BlockHash] = field(default_factory=dict)
     _proposals: dict[Round, BlockHash] = field(default_factory=dict)
@@ -37,6 +38,8 @@ class NodeOracle:
         """Check a message that leaves the node; ``block`` is the one it concerns, None if the disk does not hold it."""
         is_signed = isinstance(message, Vote | Timeout | Block)
         self._require(not (self.is_retired and is_signed), "signs with an old safety file")
+        if is_signed:
+            self._enter(durable.epoch)
         match message:
             case Vote():
                 self._voted(message, durable, block)
@@ -46,6 +49,14 @@ class NodeOracle:
                 self._proposed(message, durable, block is not None)
             case _:
                 pass
+
+    def _enter(self, epoch: int) -> None:
+        """Rounds are those of an epoch, and nobody returns to an earlier one."""
+        self._require(epoch >= self.epoch, f"signs in epoch {epoch} after epoch {self.epoch}")
+        if epoch > self.epoch:
+            self.epoch = epoch
+            self._votes, self._proposals, self._timeouts = {}, {}, {}
+            self._locked = self._last_timeout = 0
 
     def _voted(self, vote: Vote, durable: SafetyRecord, block: Block | None) -> None:
         first = self._votes.setdefault(vote.round, vote.block_hash)
@@ -83,9 +94,10 @@ class NodeOracle:
         """Check a commit: heights without gaps, each block and each transaction once, by a certificate that proves it."""
         certificate = commit.certificate
         last = commit.blocks[-1].block
-        is_over_last = (certificate.parent_hash, certificate.parent_round) == (last.hash, last.round)
+        proven = commit.suffix[-1] if commit.suffix else last.header
+        is_over_last = (certificate.parent_hash, certificate.parent_round) == (proven.hash, proven.round)
         self._require(
-            is_over_last and certificate.round == last.round + 1,
+            is_over_last and certificate.round == proven.round + 1,
             f"commit at height {last.height} without a consecutive certificate",
         )
         for each in commit.blocks:
@@ -95,7 +107,8 @@ class NodeOracle:
                 self._require(self.committed[block.height - 1] == block.hash, f"another block at height {block.height}")
                 continue
             self._require(block.height == len(self.committed) + 1, f"height {block.height} after {len(self.committed)}")
-            parent = self.committed[-1] if self.committed else block.header.parent_hash
+            is_first_of_epoch = block.header.parent_round == 0
+            parent = block.header.parent_hash if is_first_of_epoch else self.committed[-1]
             self._require(block.header.parent_hash == parent, f"block {block.height} does not extend the one before")
             digests = {tx_digest(transaction) for transaction in block.payload}
             self._require(not digests & self._transactions, f"a transaction twice, at height {block.height}")
@@ -114,11 +127,11 @@ class Agreement:
     is_patient: bool = False
     fault: str | None = None
     chain: dict[int, tuple[BlockHash, bytes, str]] = field(default_factory=dict)
-    _certified: dict[Round, BlockHash] = field(default_factory=dict)
+    _certified: dict[tuple[int, Round], BlockHash] = field(default_factory=dict)
 
     def certified(self, qc: QuorumCert) -> None:
         """Check that a round has one certificate."""
-        first = self._certified.setdefault(qc.round, qc.block_hash)
+        first = self._certified.setdefault((qc.epoch, qc.round), qc.block_hash)
         if first != qc.block_hash:
             self._blame(f"round {qc.round} has two certificates")
 

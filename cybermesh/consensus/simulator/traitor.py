@@ -37,7 +37,7 @@ class Traitor:
         self._signer = signer
         self._behaviours = frozenset(behaviours)
         self._rng = rng
-        self._application = LogApplication()
+        self._application = LogApplication(committee.public_keys)
         self._seen: deque[Message] = deque(maxlen=_MEMORY)
         self._certificates: deque[QuorumCert] = deque([committee.genesis_cert()], maxlen=_MEMORY)
         self._proposals: deque[Block] = deque(maxlen=_MEMORY)

@@ -26,9 +26,11 @@ from cybermesh.consensus.events import (
     Now,
     Persist,
     Received,
+    Refuse,
     SafetyRecord,
     Send,
     ServeBlocks,
+    ServeEpoch,
     Started,
     StopVoting,
     Tick,
@@ -43,8 +45,8 @@ from cybermesh.consensus.simulator.machine import Disk, Machine
 from cybermesh.consensus.simulator.oracles import Agreement, NodeOracle, ViolationError
 from cybermesh.consensus.simulator.plan import Plan, Restore
 from cybermesh.consensus.simulator.traitor import Letter, Traitor
-from cybermesh.consensus.sync import ANSWER_BLOCKS_MAX, splice
-from cybermesh.consensus.types import Block, BlockHash, Evidence, Message, Timeout, Vote, accused
+from cybermesh.consensus.sync import ANSWER_BLOCKS_MAX, lead_on, splice
+from cybermesh.consensus.types import Block, BlockHash, Blocks, Evidence, Message, Round, Sync, Timeout, Vote, accused
 
 START_WALL_MS: Final = 1_700_000_000_000
 _DOWN_MAX_MS: Final = 1_500
@@ -75,9 +77,7 @@ class World:
         self.verifier = CertificateVerifier(committee, self._check, committee.genesis_cert())
         self._rng = rng
         self._note = note
-        self._application = LogApplication()
-        base: LeaderElection = Reputation(committee)
-        self._leaders = Scripted(plan.leaders, base) if plan.leaders else base
+        self._application = LogApplication(committee.public_keys)
         self._trace = hashlib.blake2b(digest_size=16)
         self._heap: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = 0
@@ -98,12 +98,9 @@ class World:
         name = f"v{index}" if position < n else f"v{index}'"
         disk = Disk(SafetyRecord.fresh(self.committee.genesis_cert()))
         peers = tuple(peer for peer in range(n) if peer != index)
-        machine = Machine(position, index, name, disk, NodeOracle(name), self.plan.skews_ms[position], peers)
-        behaviours = self._traitors.get(index)
-        if behaviours is not None:
-            signer = self._signers[self.committee.public_keys[index]]
-            machine.traitor = Traitor(self.committee, index, signer, behaviours, self._rng)
-        machine.is_honest = behaviours is None and index not in self.plan.twins
+        oracle = NodeOracle(name, epoch=self.committee.epoch)
+        machine = Machine(position, index, name, self.committee, disk, oracle, self.plan.skews_ms[position], peers)
+        machine.is_honest = index not in self._traitors and index not in self.plan.twins
         return machine
 
     @property
@@ -143,34 +140,55 @@ class World:
     # Machines
 
     def _start(self, machine: Machine) -> None:
-        disk, committee = machine.disk, self.committee
+        disk = machine.disk
         disk.record = dataclasses.replace(disk.record, boot=disk.record.boot + 1)
         fault = disk.fault
         if fault is None:
             disk.stored_boot = disk.record.boot
-        signer = self._signers[committee.public_keys[machine.index]] if fault is None else None
-        parts = Parts(
-            committee, machine.index, self._application, machine.mempool, self._leaders, self._check, signer,
-            self._rng.random, self.plan.timing,
-        )  # fmt: skip
-        journal = [block for block in disk.journal.values() if block.height > len(disk.chain)]
+        machine.is_observer = fault is not None
         machine.lives += 1
-        machine.wake_at = None
-        machine.replica = Replica(parts, self._root(disk), disk.record, self._now(machine), journal)
         self._log(machine, "starts" if fault is None else f"starts as an observer: {fault}")
-        self._step(machine, Started())
+        self._begin(machine)
         for peer in self.machines:
             if peer.replica is not None and peer.index != machine.index:
                 self._step(peer, Connected(machine.index))
 
-    def _root(self, disk: Disk) -> Root[LogState]:
+    def _begin(self, machine: Machine) -> None:
+        """Take part in the epoch that the store is in."""
+        disk, index = machine.disk, machine.index
+        root = self._root(machine)
+        committee = machine.committee
+        if disk.record.epoch < committee.epoch:
+            disk.record = SafetyRecord.fresh(committee.genesis_cert(), boot=disk.record.boot)
+        key = self._signers[committee.public_keys[index]]
+        base: LeaderElection = Reputation(committee)
+        is_scripted = self.plan.leaders and committee.epoch == self.committee.epoch
+        parts = Parts(
+            committee, index, self._application, machine.mempool, Scripted(self.plan.leaders, base) if is_scripted else base,
+            self._check, None if machine.is_observer else key, self._rng.random, self.plan.timing,
+        )  # fmt: skip
+        behaviours = self._traitors.get(index)
+        if behaviours is not None:
+            machine.traitor = Traitor(committee, index, key, behaviours, self._rng)
+        journal = [block for block in disk.journal.values() if block.height > len(disk.chain)]
+        machine.wake_at = None
+        machine.replica = Replica(parts, root, disk.record, self._now(machine), journal)
+        self._step(machine, Started())
+
+    def _root(self, machine: Machine) -> Root[LogState]:
+        disk = machine.disk
         if not disk.chain:
             return Root.genesis(self.committee, self._application.genesis())
         tip = disk.chain[-1]
         assert disk.state is not None
         assert disk.certificate is not None
-        recent = tuple(block.header for block in disk.chain[-8 * self.committee.n :])
-        return Root(tip.hash, tip.round, tip.height, tip.header.time_ms, disk.state, disk.certificate, recent)
+        if tip.header.epoch in disk.epoch_ends:  # R12
+            if machine.committee.epoch == tip.header.epoch:
+                machine.committee = machine.committee.successor(self.committee.public_keys, tip.hash)
+            first = machine.committee.genesis_cert()
+            return Root(first.block_hash, Round(0), tip.height, tip.header.time_ms, disk.state, first)
+        recent = [block.header for block in disk.chain[-8 * self.committee.n :] if block.header.epoch == tip.header.epoch]
+        return Root(tip.hash, tip.round, tip.height, tip.header.time_ms, disk.state, disk.certificate, tuple(recent))
 
     def _now(self, machine: Machine) -> Now:
         return Now(self.now_ms, START_WALL_MS + self.now_ms + machine.skew_ms)
@@ -266,7 +284,7 @@ class World:
             dataclasses.replace(record, boot=record.boot + 1),
             stored_boot=disk.stored_boot,
             stored_voted_round=disk.stored_voted_round,
-            stored_epoch=record.epoch,
+            stored_epoch=disk.chain[-1].header.epoch if disk.chain else record.epoch,
         )
         machine.oracle.is_retired = seen is not None
 
@@ -302,8 +320,10 @@ class World:
                     machine.disk.journal[block.hash] = block
             case Commit():
                 self._commit(machine, effect)
-            case ServeBlocks():
+            case ServeBlocks() | ServeEpoch():
                 self._serve(machine, effect)
+            case Refuse(sender, reason):
+                self._log(machine, f"refuses the {reason} of v{sender}")
             case Accuse(evidence):
                 self._accuse(machine, evidence)
             case Halt(reason) | StopVoting(reason):
@@ -315,7 +335,8 @@ class World:
     def _accuse(self, machine: Machine, evidence: Evidence) -> None:
         culprit = accused(evidence)
         if machine.is_honest:
-            if self._is_innocent(culprit) or not self.verifier.is_valid_evidence(evidence):
+            verifier = CertificateVerifier(machine.committee, self._check, machine.committee.genesis_cert())
+            if self._is_innocent(culprit) or not verifier.is_valid_evidence(evidence):
                 raise ViolationError(f"{machine.name} accuses v{culprit} wrongly")
             self.accused.add(culprit)
 
@@ -325,9 +346,14 @@ class World:
     def _is_restored(self, machine: Machine) -> bool:
         return any(restore.machine == machine.position for restore in self.plan.restores)
 
-    def _serve(self, machine: Machine, request: ServeBlocks) -> None:
-        stored = machine.disk.chain[request.from_height - 1 : request.from_height + ANSWER_BLOCKS_MAX]
-        answer = splice(self.committee.epoch, request, stored)
+    def _serve(self, machine: Machine, request: ServeBlocks | ServeEpoch) -> None:
+        disk = machine.disk
+        stored = disk.chain[request.from_height - 1 : request.from_height + ANSWER_BLOCKS_MAX]
+        answer: Blocks | None = None
+        if isinstance(request, ServeBlocks):
+            answer = splice(machine.committee.epoch, request, stored)
+        elif (end := disk.epoch_ends.get(request.epoch)) is not None:
+            answer = lead_on(request, [block for block in stored if block.header.epoch == request.epoch], end)
         if answer is not None:
             self._say(machine, [request.to], answer)
 
@@ -357,6 +383,11 @@ class World:
         disk.state = commit.blocks[-1].execution.state
         disk.stored_voted_round = disk.record.last_voted_round
         self._has_news = True
+        if commit.next_committee is not None:
+            last = commit.blocks[-1].block.header
+            disk.epoch_ends[last.epoch] = ((last, *commit.suffix), commit.certificate)
+            self._log(machine, f"ends epoch {last.epoch}")
+            self._begin(machine)
 
     # Network
 
@@ -426,5 +457,9 @@ def _describe_message(message: Message) -> str:
             return f"votes {message.block_hash.hex()[:8]} in round {message.round}"
         case Timeout():
             return f"gives up round {message.round}, knows {message.high_qc.round}"
+        case Blocks():
+            return f"answers with {len(message.blocks)} blocks from height {message.blocks[0].height} on, epoch {message.epoch}"
+        case Sync():
+            return f"tells its height {message.committed_height}, epoch {message.epoch}"
         case _:
             return type(message).__name__
