@@ -42,10 +42,12 @@ class Testimony:
     certificate: QuorumCert
 
 
-def charges(one: Testimony, other: Testimony) -> dict[int, Charge]:
-    """Return one charge against each validator that two testimonies convict; none when the chains do not conflict."""
-    certificates = {(qc.round, qc.block_hash): qc for each in (one, other) for qc in _quorum_certs(each)}
-    timeouts = {tc.digest: tc for each in (one, other) for block in each.blocks if (tc := block.tc) is not None}
+def charges(one: Testimony, other: Testimony, epoch: int) -> dict[int, Charge]:
+    """Return a charge against each validator of an epoch that two testimonies convict; none when they do not conflict there."""
+    both = (one, other)
+    certificates = {(qc.round, qc.block_hash): qc for each in both for qc in _quorum_certs(each) if qc.epoch == epoch}
+    blocks = [block for each in both for block in each.blocks if block.header.epoch == epoch]
+    timeouts = {block.tc.digest: block.tc for block in blocks if block.tc is not None}
     found: dict[int, Charge] = {}
     ordered = sorted(certificates.values(), key=lambda qc: (qc.round, qc.block_hash))
     for first, second in itertools.pairwise(ordered):

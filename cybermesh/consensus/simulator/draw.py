@@ -17,6 +17,7 @@ from typing import Final
 
 from cybermesh.consensus.committee import faults
 from cybermesh.consensus.pacemaker import Timing
+from cybermesh.consensus.simulator.application import EPOCH
 from cybermesh.consensus.simulator.plan import BEHAVIOURS, Cut, FullDisk, Plan, Restore, partition
 
 Arrival = tuple[int, tuple[int, ...], bytes]
@@ -161,7 +162,8 @@ def _split(rng: random.Random, setup: Setup) -> Plan:
         cuts=(partition(0, heal_ms, tuple(int(each in side) for each in range(machines))),),
         skews_ms=(0,) * machines,
         twins=twins,
-        arrivals=_arrivals(rng, machines, heal_ms),
+        # The halves must stay in one epoch: of another committee's rounds nobody can be convicted.
+        arrivals=tuple(each for each in _arrivals(rng, machines, heal_ms) if not each[2].startswith(EPOCH)),
         timing=Timing(heartbeat_ms=rng.choice((50, 300))),
         must_fork=True,
     )

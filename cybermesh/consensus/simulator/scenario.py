@@ -25,8 +25,8 @@ _PROGRESS_LIMIT_MS: Final = 5_000
 class Result:
     """The verdict on one seed: ``unsafe`` and ``stalled`` say what went wrong, None when nothing did.
 
-    ``recovery_ms`` is the time from healing to the first commit after it, ``recovery_rounds`` how many rounds it took until all
-    that arrived after healing was committed by all; ``accused`` are the validators that evidence names, ``convicted``
+    ``recovery_ms`` is the time from healing to the first commit after it, ``recovery_rounds`` the rounds
+    until then; ``accused`` are the validators that evidence names, ``convicted``
     those whose signatures in two conflicting chains prove them guilty (forensics.py).
     """
 
@@ -99,9 +99,10 @@ def _heal(world: World) -> tuple[_Recovery, str | None]:
     height, round_ = _lowest_height(world), _highest_round(world)
     limit_ms = plan.heal_ms + _HEAL_LIMIT_MS
     first_ms = world.now_ms - plan.heal_ms if world.run(limit_ms, lambda: _highest_height(world) > height) else 0
+    rounds = _highest_round(world) - round_
     after = {transaction for moment, _, transaction in plan.arrivals if moment > plan.heal_ms}
     is_done = world.run(limit_ms, lambda: _all_committed(world, after))
-    recovery = _Recovery(first_ms, _highest_round(world) - round_)
+    recovery = _Recovery(first_ms, rounds)
     if not is_done:
         return recovery, f"not everything was committed {_HEAL_LIMIT_MS} ms after healing"
     if recovery.first_ms > _PROGRESS_LIMIT_MS:
@@ -114,12 +115,12 @@ def _heal(world: World) -> tuple[_Recovery, str | None]:
 
 
 def _convict(world: World) -> frozenset[int]:
-    """Return whom the honest machines' chains, and the certificates that committed them, convict."""
+    """Return whom the honest machines' chains, and the certificates that committed them, convict of the first epoch."""
     found: set[int] = set()
     for one, other in itertools.combinations(world.honest, 2):
         if one.testimony is None or other.testimony is None:
             continue
-        for culprit, charge in charges(one.testimony, other.testimony).items():
+        for culprit, charge in charges(one.testimony, other.testimony, world.committee.epoch).items():
             assert is_proven(charge, world.committee, world.verifier)
             found.add(culprit)
     return frozenset(found)

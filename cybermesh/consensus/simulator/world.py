@@ -322,15 +322,18 @@ class World:
                 self._commit(machine, effect)
             case ServeBlocks() | ServeEpoch():
                 self._serve(machine, effect)
-            case Refuse(sender, reason):
-                self._log(machine, f"refuses the {reason} of v{sender}")
+            case Accuse() | Refuse() | Halt() | StopVoting():
+                self._judge(machine, effect)
+
+    def _judge(self, machine: Machine, effect: Accuse | Refuse | Halt | StopVoting) -> None:
+        match effect:
             case Accuse(evidence):
                 self._accuse(machine, evidence)
+            case Refuse(sender, reason):
+                self._log(machine, f"refuses the {reason} of v{sender}")
             case Halt(reason) | StopVoting(reason):
                 if machine.is_honest and not self._is_restored(machine):
                     raise ViolationError(f"{machine.name}: {reason}")
-            case _:
-                pass
 
     def _accuse(self, machine: Machine, evidence: Evidence) -> None:
         culprit = accused(evidence)
