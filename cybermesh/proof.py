@@ -1,7 +1,7 @@
 """Decision proofs: what a quorum agreed to, shown to somebody who trusts none of the machines involved.
 
 A proof says: this receipt stands in the log whose root is in this block's header, and a quorum of the genesis' validators has
-committed that block. Rules:
+committed that block; where the committee has changed, each one has named the next. Rules:
 
 - verifying needs the proof and the genesis, nothing else: no network, no clock, no database;
 - a certificate proves the commit of its parent only when its round follows the parent's directly (a certified block can still
@@ -17,7 +17,7 @@ import dataclasses
 import enum
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,7 +34,7 @@ from cybermesh.consensus.types import (
     Round,
     merkle_root,
 )
-from cybermesh.genesis import Genesis
+from cybermesh.genesis import VALIDATORS_MAX, Genesis
 from cybermesh.keys import verify
 from cybermesh.ledger import encoding
 from cybermesh.ledger.merkle import AppendedHashes, inclusion_path, leaf_hash, root_from_inclusion
@@ -44,6 +44,7 @@ from cybermesh.messages import PolicyAction, PolicyUpdate
 
 FORMAT: Final = "cybermesh/proof/1"
 LATER_HEADERS_MAX: Final = 4_096
+EPOCHS_MAX: Final = 256
 PROOF_BYTES_MAX: Final = 2 * 1024 * 1024
 _HASH_BYTES: Final = 32
 _SIGNATURE_BYTES: Final = 64
@@ -105,11 +106,25 @@ class LaterHeader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProofBody:
-    """A proof as it is written: fields in the order of their names. ``epochs`` is for committee changes and empty so far."""
+class EpochStep:
+    """How a committee handed over to the next: the proof of the receipt in its last block that names the next one."""
 
     certificate: Certificate
-    epochs: tuple[str, ...] = ()
+    header: bytes
+    index: int
+    later: tuple[LaterHeader, ...]
+    log_size: int
+    path: tuple[bytes, ...]
+    receipt: Receipt
+    state_digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProofBody:
+    """A proof as it is written: fields in the order of their names. ``epochs`` leads from the genesis to the header's epoch."""
+
+    certificate: Certificate
+    epochs: tuple[EpochStep, ...] = ()
     format: str = FORMAT
     header: bytes
     index: int
@@ -133,12 +148,14 @@ class Included:
 
 @dataclass(frozen=True, slots=True)
 class Proven:
-    """What a valid proof shows. ``header`` is that of the receipt's block, ``voters`` index the genesis' committee."""
+    """What a valid proof shows. ``header`` is that of the receipt's block, ``voters`` index the committee of its epoch."""
 
     header: Header
     receipt: Receipt
     voters: tuple[int, ...]
     later_headers: int
+    members: tuple[tuple[bytes, str], ...]
+    """Keys and names of that committee, by key."""
 
     def decision(self, decision_seq: int) -> DecisionEffect | None:
         """Return the decision effect with this number, if the receipt holds it."""
@@ -165,16 +182,27 @@ def included(applied: Applied, position: int) -> Included:
     return Places(applied).at(position)
 
 
-def prove(headers: Sequence[Header], certificate: QuorumCert, place: Included, quorum: int) -> bytes:
+def prove(
+    headers: Sequence[Header], certificate: QuorumCert, place: Included, quorum: int, epochs: Sequence[EpochStep] = ()
+) -> bytes:
     """Return the proof of a receipt in the first of ``headers``, consecutive blocks up to the certificate's parent.
 
-    ``certificate`` must prove its parent's commit; exactly ``quorum`` of its signatures are kept.
+    ``certificate`` must prove its parent's commit; exactly ``quorum`` of its signatures are kept. ``epochs`` holds a step for
+    every epoch before the headers'.
     """
+    step = prove_step(headers, certificate, place, quorum)
+    assert len(epochs) == headers[0].epoch - FIRST_EPOCH
+    shared = {entry.name: getattr(step, entry.name) for entry in dataclasses.fields(EpochStep)}
+    return encoding.encode(ProofBody(epochs=tuple(epochs), **shared))
+
+
+def prove_step(headers: Sequence[Header], certificate: QuorumCert, place: Included, quorum: int) -> EpochStep:
+    """Return the same as a part of later proofs; the receipt is the one that names the next committee."""
     assert certificate.proves_parent
     assert certificate.parent_hash == headers[-1].hash
     assert len(certificate.signatures) >= quorum
     votes = tuple(VoteSignature(signature=sig, validator=index) for index, sig in certificate.signatures[:quorum])
-    body = ProofBody(
+    return EpochStep(
         certificate=Certificate(block_hash=certificate.block_hash, round=certificate.round, signatures=votes),
         header=headers[0].encode(),
         index=place.index,
@@ -184,7 +212,6 @@ def prove(headers: Sequence[Header], certificate: QuorumCert, place: Included, q
         receipt=place.receipt,
         state_digest=place.state_digest,
     )
-    return encoding.encode(body)
 
 
 def _shortened(before: Header, header: Header) -> LaterHeader:
@@ -229,9 +256,10 @@ class Verifier:
     The certificates that were good are remembered, the newest 1,024 of them; a bad one is checked each time.
     """
 
-    def __init__(self, genesis: Genesis) -> None:
+    def __init__(self, genesis: Genesis, last_heights: Mapping[int, int] | None = None) -> None:
+        """Take the genesis, and of epochs that are known to have ended the last height: a proof counts only up to it."""
         self._genesis = genesis
-        self._committee = Committee.of(genesis.chain_id, (validator.pubkey for validator in genesis.validators))
+        self._last_heights = {} if last_heights is None else dict(last_heights)
         self._good: dict[tuple[bytes, Certificate], tuple[int, ...]] = {}
 
     def proof(self, data: bytes) -> Proven:
@@ -241,17 +269,35 @@ class Verifier:
             ProofError: with the step that failed.
         """
         body = _read(data)
+        members = tuple((member.pubkey, member.name) for member in self._genesis.committee)
+        height = 0
+        for epoch, step in enumerate(body.epochs, start=FIRST_EPOCH):
+            shown = self._step(step, epoch, members)
+            change = step.receipt.committee
+            if change is None or len(change.names) != len(change.members) or shown.header.height <= height:
+                raise ProofError(Step.EPOCH, f"the proof does not show who follows the committee of epoch {epoch}")
+            members, height = tuple(zip(change.members, change.names, strict=True)), shown.header.height
+        epoch = FIRST_EPOCH + len(body.epochs)
+        proven = self._step(body, epoch, members)
+        last = self._last_heights.get(epoch, proven.header.height)
+        if not height < proven.header.height <= last:
+            raise ProofError(Step.EPOCH, f"height {proven.header.height} is not one of epoch {epoch}")
+        return proven
+
+    def _step(self, body: ProofBody | EpochStep, epoch: int, members: tuple[tuple[bytes, str], ...]) -> Proven:
+        """Check everything that one committee must have agreed to."""
         headers = _headers(body)
         first, last = headers[0], headers[-1]
         chain_id = self._genesis.chain_id
         if first.chain_id != chain_id:
             raise ProofError(Step.GENESIS, f"is of chain {first.chain_id.hex()}, the genesis of {chain_id.hex()}")
-        if first.epoch != FIRST_EPOCH:
-            raise ProofError(Step.EPOCH, f"is of epoch {first.epoch}, whose committee the proof does not show")
+        if first.epoch != epoch:
+            raise ProofError(Step.EPOCH, f"is of epoch {first.epoch}, the proof shows the committee of epoch {epoch}")
         if body.receipt.height != first.height:
             raise ProofError(Step.RECEIPT, f"is of height {body.receipt.height}, the header of {first.height}")
         _check_inclusion(body, first)
-        return Proven(first, body.receipt, self._voters(body.certificate, last), len(headers) - 1)
+        committee = Committee.of(chain_id, (key for key, _ in members), epoch=epoch)
+        return Proven(first, body.receipt, self._voters(body.certificate, last, committee), len(headers) - 1, members)
 
     def update(self, update: PolicyUpdate) -> tuple[Proven, DecisionEffect]:
         """Check an update's proof and that every field of it is what was proven; only then may an agent read it.
@@ -273,11 +319,11 @@ class Verifier:
                 raise ProofError(Step.PROOF_MISMATCH, f"{name} is not what was agreed")
         return proven, effect
 
-    def _voters(self, certificate: Certificate, last: Header) -> tuple[int, ...]:
+    def _voters(self, certificate: Certificate, last: Header, committee: Committee) -> tuple[int, ...]:
         key = (last.hash, certificate)
         voters = self._good.get(key)
         if voters is None:
-            voters = _check_certificate(certificate, last, self._committee)
+            voters = _check_certificate(certificate, last, committee)
             while len(self._good) >= _REMEMBERED_MAX:
                 del self._good[next(iter(self._good))]
             self._good[key] = voters
@@ -304,14 +350,22 @@ def _read(data: bytes) -> ProofBody:
     assert isinstance(body, ProofBody)
     if canonical != data:
         raise ProofError(Step.ENCODING, "is not in the one canonical encoding")
-    if body.format != FORMAT or body.epochs:
+    if body.format != FORMAT:
         raise ProofError(Step.ENCODING, f"is not a proof of format {FORMAT}")
+    if len(body.epochs) > EPOCHS_MAX:
+        raise ProofError(Step.ENCODING, f"{len(body.epochs)} changes of the committee, more than {EPOCHS_MAX}")
+    for step in body.epochs:
+        _check_sizes(step)
     _check_sizes(body)
     return body
 
 
-def _check_sizes(body: ProofBody) -> None:
-    hashes = [body.state_digest, body.certificate.block_hash, *body.path]
+def _check_sizes(body: ProofBody | EpochStep) -> None:
+    change = body.receipt.committee
+    keys = () if change is None else change.members
+    if list(keys) != sorted(set(keys)) or len(keys) > VALIDATORS_MAX:
+        raise ProofError(Step.ENCODING, "the keys of a committee stand in ascending order, each once")
+    hashes = [body.state_digest, body.certificate.block_hash, *body.path, *keys]
     if any(len(value) != _HASH_BYTES for value in hashes):
         raise ProofError(Step.ENCODING, f"every hash has {_HASH_BYTES} bytes")
     if any(len(vote.signature) != _SIGNATURE_BYTES for vote in body.certificate.signatures):
@@ -324,7 +378,7 @@ def _check_sizes(body: ProofBody) -> None:
             raise ProofError(Step.ENCODING, f"later[{index}] has 5 numbers and 3 hashes")
 
 
-def _headers(body: ProofBody) -> list[Header]:
+def _headers(body: ProofBody | EpochStep) -> list[Header]:
     try:
         headers = [Header.decode(body.header)]
         for index, short in enumerate(body.later):
@@ -343,7 +397,7 @@ def _headers(body: ProofBody) -> list[Header]:
     return headers
 
 
-def _check_inclusion(body: ProofBody, header: Header) -> None:
+def _check_inclusion(body: ProofBody | EpochStep, header: Header) -> None:
     log_root = root_from_inclusion(body.index, body.log_size, body.receipt.leaf, body.path)
     if log_root is None:
         raise ProofError(Step.INCLUSION, f"a path of {len(body.path)} hashes does not lead from entry {body.index}")

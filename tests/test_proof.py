@@ -17,9 +17,10 @@ from cybermesh.consensus.types import BlockHash, QuorumCert, Round
 from cybermesh.ledger import encoding
 from cybermesh.ledger.receipts import Code
 from cybermesh.messages import PolicyAction, PolicyUpdate
-from cybermesh.proof import ProofError, Step, prove, update_of, verify_proof, verify_update
+from cybermesh.proof import ProofError, Step, Verifier, prove, update_of, verify_proof, verify_update
 from cybermesh.proof import included as place_of
-from tests.ledger.world import World, deployment
+from tests.ledger.test_operators import joining
+from tests.ledger.world import World, deployment, key, policy
 from tests.proofs import Chain
 
 POLICY_RECEIPT = 2
@@ -285,3 +286,96 @@ def test_the_command_names_a_file_that_is_missing_or_no_genesis(
 def test_encoding_accepts_only_what_it_writes() -> None:
     with pytest.raises(encoding.EncodingError):
         encoding.restore(int, True)
+
+
+# Skipped rounds and changes of the committee
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2, 5])
+def test_a_proof_leads_over_skipped_rounds_and_only_with_all_its_headers(skipped: int) -> None:
+    chain = Chain(World())
+    chain.commit(*chain.world.case("solo", "p1"))
+    chain.commit(round_=2 + skipped)
+    chain.commit(round_=3 + skipped)
+    genesis = chain.world.genesis
+    led = chain.prove(0, POLICY_RECEIPT, last=1)
+    assert verify_proof(led, genesis).later_headers == 1
+    # The certificate of the child that skipped rounds names the block as its parent, and a quorum has signed it.
+    child = chain.certs[2]
+    votes = [{"signature": signature.hex(), "validator": voter} for voter, signature in child.signatures[:3]]
+    certificate = {"block_hash": child.block_hash.hex(), "round": child.round, "signatures": votes}
+    direct = changed(led, certificate=certificate, later=[])
+    if skipped == 0:
+        assert verify_proof(direct, genesis).later_headers == 0
+    else:
+        assert step_of(direct, genesis) is Step.NOT_CONSECUTIVE, "it was certified, and could still be abandoned"
+
+
+def chain_of_two_changes() -> Chain:
+    """Epoch 1 of v0 to v3; v9 for v0 in epoch 2; v8 comes in epoch 3. A decision in each."""
+    chain = Chain(World())
+    world = chain.world
+    for number, name in enumerate(("v9", "v8")):
+        chain.commit(*world.case("solo", f"p{number}", policy(f"203.0.113.{number + 1}"), f"203.0.113.{number + 1}"))
+        change = {"add": [joining(world, name)]} | ({} if number else {"remove": [key("v0").public.hex()]})
+        chain.commit(*(world.command(who, "validator_set", **change) for who in ("alice", "bob")))
+        chain.hand_over("v1", "v2", "v3", "v9", *(("v8",) if number else ()))
+        world.after(61)
+    chain.commit(*world.case("solo", "p2", policy("203.0.113.3"), "203.0.113.3"))
+    chain.commit()
+    chain.commit(round_=5)
+    chain.commit()
+    return chain
+
+
+def test_proofs_verify_across_changes_of_the_committee() -> None:
+    chain = chain_of_two_changes()
+    genesis = chain.world.genesis
+    assert [header.epoch for header in chain.headers] == [1, 1, 2, 2, 3, 3, 3, 3]
+    first = verify_proof(chain.prove(0, POLICY_RECEIPT), genesis)
+    assert [name for _, name in first.members] == [member.name for member in genesis.committee]
+    newest = verify_proof(chain.prove(4, POLICY_RECEIPT), genesis)
+    assert {name for _, name in newest.members} == {"v1", "v2", "v3", "v8", "v9"}
+    assert newest.header.epoch == 3
+    assert verify_proof(chain.prove(4, POLICY_RECEIPT, last=6), genesis).later_headers == 2
+    with pytest.raises(ProofError) as caught:
+        Verifier(genesis, {1: 0}).proof(chain.prove(0, POLICY_RECEIPT))
+    assert caught.value.step is Step.EPOCH, "an old committee's proof counts only up to its last height"
+
+
+def test_a_proof_without_the_true_steps_between_epochs_is_refused() -> None:
+    chain = chain_of_two_changes()
+    genesis = chain.world.genesis
+    proof = chain.prove(4, POLICY_RECEIPT)
+    content = orjson.loads(proof)
+    one, two = content["epochs"]
+    decision = orjson.loads(chain.prove(0, POLICY_RECEIPT))
+    no_change = {name: decision[name] for name in one}
+    effects = two["receipt"]["effects"]
+    others = [effects[0] | {"members": [key("v0").public.hex(), *effects[0]["members"][1:]]}, *effects[1:]]
+    others[0]["members"].sort()
+    forged = {
+        Step.EPOCH: [[], [one], [two, one], [no_change, two], [one, one]],
+        Step.INCLUSION: [[one, two | {"receipt": two["receipt"] | {"effects": others}}]],
+        Step.CERTIFICATE_SIGNATURES: [[one, two | {"certificate": two["certificate"] | {"block_hash": "11" * 32}}]],
+        Step.QUORUM: [[one, two | {"certificate": two["certificate"] | {"signatures": two["certificate"]["signatures"][:-1]}}]],
+        Step.NOT_CONSECUTIVE: [[one | {"certificate": one["certificate"] | {"round": 9}}, two]],
+    }
+    for step, cases in forged.items():
+        for epochs in cases:
+            assert step_of(changed(proof, epochs=epochs), genesis) is step, (step, len(epochs))
+    assert step_of(changed(orjson.dumps(decision), epochs=[one]), genesis) is Step.EPOCH
+
+
+def test_the_old_committee_proves_nothing_after_it_has_handed_over() -> None:
+    chain = Chain(World())
+    world = chain.world
+    change = {"add": [joining(world, "v9")]}
+    chain.commit(*(world.command(who, "validator_set", **change) for who in ("alice", "bob")))
+    chain.commit(*world.case("solo", "p1"))  # the old four go on as if nothing had been
+    chain.commit()
+    proof = chain.prove(1, POLICY_RECEIPT)
+    verify_proof(proof, world.genesis)  # nobody can know without being told
+    with pytest.raises(ProofError) as caught:
+        Verifier(world.genesis, {1: 1}).proof(proof)
+    assert caught.value.step is Step.EPOCH

@@ -17,11 +17,12 @@ import pytest
 from cybermesh import genesis as g
 from cybermesh.keys import verify
 from cybermesh.proof import ProofError, verify_proof
+from tests.ledger.test_operators import joining
 from tests.ledger.world import World
 from tests.proofs import Chain
 
 VECTORS = Path(__file__).parent / "vectors"
-GOOD = ("proof.json", "proof-later.json", "proof-refusal.json")
+GOOD = ("proof.json", "proof-later.json", "proof-refusal.json", "proof-epochs.json")
 FIELDS = (
     "version", "chain_id", "epoch", "round", "height", "author", "time_ms", "parent_hash", "parent_round", "parent_signers",
     "qc_digest", "tc_digest", "payload_root", "state_root", "decision_seq",
@@ -70,33 +71,51 @@ def failing_step(data: bytes, genesis: bytes) -> str | None:
     proof = json.loads(data)
     if canonical(proof) != data:
         return "ENCODING"
+    keys = sorted(bytes.fromhex(validator["pubkey"]) for validator in json.loads(genesis)["validators"])
+    height = 0
+    for epoch, step in enumerate(proof["epochs"], start=1):
+        failed, first = failing_part(step, genesis, epoch, keys)
+        if failed is not None:
+            return failed
+        change = [effect for effect in step["receipt"]["effects"] if effect["effect"] == "committee"]
+        if not change or first["height"] <= height:
+            return "EPOCH"
+        keys, height = [bytes.fromhex(member) for member in change[0]["members"]], first["height"]
+    failed, first = failing_part(proof, genesis, len(proof["epochs"]) + 1, keys)
+    return failed or (None if first["height"] > height else "EPOCH")
+
+
+def failing_part(proof: dict[str, Any], genesis: bytes, epoch: int, keys: list[bytes]) -> tuple[str | None, dict[str, Any]]:
+    """Judge what one committee agreed to."""
     first = last = dict(zip(FIELDS, LAYOUT.unpack(bytes.fromhex(proof["header"])), strict=True))
     for short in proof["later"]:
         last = follow(last, short)
     if first["chain_id"] != sha(genesis):
-        return "GENESIS"
+        return "GENESIS", first
+    if first["epoch"] != epoch:
+        return "EPOCH", first
     if proof["receipt"]["height"] != first["height"]:
-        return "RECEIPT"
+        return "RECEIPT", first
     path = [bytes.fromhex(node) for node in proof["path"]]
     root = log_root(proof["index"], proof["log_size"], sha(b"\x00", canonical(proof["receipt"])), path)
     size, digest = proof["log_size"].to_bytes(8, "big"), bytes.fromhex(proof["state_digest"])
     if root is None or sha(b"cm/state/1", size, root, digest) != first["state_root"]:
-        return "INCLUSION"
+        return "INCLUSION", first
     certificate = proof["certificate"]
     if certificate["round"] != last["round"] + 1:
-        return "NOT_CONSECUTIVE"
-    keys = sorted(bytes.fromhex(validator["pubkey"]) for validator in json.loads(genesis)["validators"])
+        return "NOT_CONSECUTIVE", first
     voters = [vote["validator"] for vote in certificate["signatures"]]
     if len(voters) != len(keys) - (len(keys) - 1) // 3 or voters != sorted(set(voters)) or voters[-1] >= len(keys):
-        return "QUORUM"
+        return "QUORUM", first
     block_hash = bytes.fromhex(certificate["block_hash"])
     signed = struct.pack(
-        ">H32sIQ32sQ32s", 1, first["chain_id"], 1, certificate["round"], block_hash, last["round"],
+        ">H32sIQ32sQ32s", 1, first["chain_id"], epoch, certificate["round"], block_hash, last["round"],
         sha(b"cm/block/1", LAYOUT.pack(*last.values())),
     )  # fmt: skip
     message = sha(b"cm/vote/1", signed)
     votes = [(keys[vote["validator"]], bytes.fromhex(vote["signature"])) for vote in certificate["signatures"]]
-    return None if all(verify(key, message, signature) for key, signature in votes) else "CERTIFICATE_SIGNATURES"
+    is_signed = all(verify(key, message, signature) for key, signature in votes)
+    return (None if is_signed else "CERTIFICATE_SIGNATURES"), first
 
 
 def made() -> dict[str, bytes]:
@@ -110,11 +129,18 @@ def made() -> dict[str, bytes]:
     chain.commit(round_=9)
     chain.commit()
     chain.commit()
+    changed = Chain(World())
+    member = joining(changed.world, "v9")
+    changed.commit(*(changed.world.command(who, "validator_set", add=[member]) for who in ("alice", "bob")))
+    changed.hand_over("v0", "v1", "v2", "v3", "v9")
+    changed.commit(*changed.world.case("solo", "p4"))
+    changed.commit()
     return {
         "genesis.json": world.genesis.encode(),
         "proof.json": chain.prove(1, 2),
         "proof-later.json": chain.prove(1, 2, last=4),
         "proof-refusal.json": chain.prove(1, 3),
+        "proof-epochs.json": changed.prove(1, 2),
     }
 
 

@@ -61,8 +61,8 @@ def _time(time_ms: int) -> str:
     return datetime.fromtimestamp(time_ms / 1_000, UTC).isoformat(timespec="milliseconds")
 
 
-def _voters(proven: Proven, genesis: Genesis) -> list[str]:
-    return [genesis.committee[index].name for index in proven.voters]
+def _voters(proven: Proven) -> list[str]:
+    return [proven.members[index][1] for index in proven.voters]
 
 
 def _names(keys: tuple[bytes, ...], genesis: Genesis) -> list[str]:
@@ -78,11 +78,12 @@ def _as_json(proven: Proven, genesis: Genesis) -> dict[str, object]:
         "chain_id": genesis.chain_id.hex(),
         "chain_name": genesis.chain_name,
         "height": proven.header.height,
+        "epoch": proven.header.epoch,
         "time": _time(proven.header.time_ms),
         "code": proven.receipt.code,
         "kind": proven.receipt.kind,
         "receipt_id": proven.receipt.id,
-        "validators": _voters(proven, genesis),
+        "validators": _voters(proven),
         "decisions": [_decision_json(effect, genesis) for effect in proven.receipt.decisions],
     }
 
@@ -112,7 +113,7 @@ def _as_lines(proven: Proven, genesis: Genesis) -> list[str]:
     lines = [
         f"valid     chain {genesis.chain_name} ({genesis.chain_id.hex()[:16]}…)",
         f"height    {proven.header.height}, {_time(proven.header.time_ms)}",
-        f"agreed    {', '.join(_voters(proven, genesis))} ({len(proven.voters)} of {len(genesis.validators)} validators)",
+        f"agreed    {', '.join(_voters(proven))} ({len(proven.voters)} of {len(proven.members)} validators)",
     ]
     for effect in proven.receipt.decisions:
         lines += _decision_lines(effect, genesis)

@@ -68,6 +68,8 @@ class Draft:
         self.published: dict[int, bytes] = {}
         self.producers = Table("producers", tables.producers)
         self.operators = Table("operators", tables.operators)
+        self.committee = Table("committee", tables.committee)
+        self.next_committee: tuple[bytes, ...] | None = None
         self.windows = Table("windows", tables.windows)
         self.anomalies = Table("anomalies", tables.anomalies)
         self.evidence = Table("evidence", tables.evidence)
@@ -406,13 +408,14 @@ class Draft:
         self._registers.put(REGISTERS, registers)
         self.prune_due()
         changed = (
-            self.producers, self.operators, self.windows, self.anomalies, self.evidence, self.requests, self.decisions,
-            self.offences, self.protected, self.allowed, self.proposals, self.spending, self._registers,
+            self.producers, self.operators, self.committee, self.windows, self.anomalies, self.evidence, self.requests,
+            self.decisions, self.offences, self.protected, self.allowed, self.proposals, self.spending, self._registers,
         )  # fmt: skip
         removed = [entry for table in changed for entry in table.removed()]
         added = [entry for table in changed for entry in table.added()]
         tables = Tables(
-            producers=self.producers.finish(), operators=self.operators.finish(), windows=self.windows.finish(),
+            producers=self.producers.finish(), operators=self.operators.finish(), committee=self.committee.finish(),
+            windows=self.windows.finish(),
             anomalies=self.anomalies.finish(), evidence=self.evidence.finish(), requests=self.requests.finish(),
             decisions=self.decisions.finish(), offences=self.offences.finish(), protected=self.protected.finish(),
             allowed=self.allowed.finish(), proposals=self.proposals.finish(), spending=self.spending.finish(),

@@ -6,19 +6,25 @@ for (requests are refused when looked at, decisions its budget carries end) but 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Final
 
 from cybermesh.addresses import AddressError, parse_network
-from cybermesh.genesis import MESSAGE_TYPES, Genesis, Producer
+from cybermesh.genesis import MESSAGE_TYPES, VALIDATORS_MAX, Genesis, Producer
+from cybermesh.keys import verify
 from cybermesh.ledger.draft import Draft
-from cybermesh.ledger.records import BudgetRecord, OperatorRecord, ProducerRecord
+from cybermesh.ledger.receipts import CommitteeEffect
+from cybermesh.ledger.records import BudgetRecord, MemberRecord, OperatorRecord, ProducerRecord
 from cybermesh.strictjson import JsonError, Reader, text_of
 
 _KEYS_MAX: Final = 1_000
 _NETWORKS_MAX: Final = 1_000
 _BUDGET_MAX: Final = 10_000
 _BUDGET_TTL_MAX: Final = 86_400
+_TIME_MS_MAX: Final = 1 << 53
+READY_MS: Final = 600_000
+"""How old, in block time, a new validator's word that it is ready may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,7 @@ class KeyChange:
             return "remove"
         if any(key not in draft.operators for key in self.removed_operators):
             return "remove_operators"
-        taken = {member.pubkey for member in draft.genesis.validators} | {agent.pubkey for agent in draft.genesis.agents}
+        taken = set(draft.committee.keys()) | {agent.pubkey for agent in draft.genesis.agents}
         added, added_operators = {key for key, _ in self.added}, {key for key, _ in self.added_operators}
         if any(key in draft.operators or key in taken for key in added) or added & added_operators:
             return "add"
@@ -64,6 +70,8 @@ def first_ring(draft: Draft, genesis: Genesis) -> None:
     """Put the genesis' producers and operators into an empty state."""
     for producer in genesis.producers:
         draft.producers.put(producer.pubkey, record_of(producer))
+    for member in genesis.validators:
+        draft.committee.put(member.pubkey, MemberRecord(name=member.name))
     for operator in genesis.operators:
         draft.operators.put(operator.pubkey, OperatorRecord(name=operator.name))
 
@@ -99,23 +107,105 @@ def read_key_change(reader: Reader) -> KeyChange:
     return change
 
 
-def read_member_change(reader: Reader) -> None:
+@dataclass(frozen=True, slots=True)
+class NewMember:
+    """A validator to be, and its own word, not older than some minutes, that it runs and is ready to join."""
+
+    key: bytes
+    name: str
+    ready_ms: int
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemberChange:
+    """Validators to add and to remove, each list in order of key."""
+
+    added: tuple[NewMember, ...]
+    removed: tuple[bytes, ...]
+
+    def plain(self) -> str:
+        """Return what operators agree to: who comes and who goes, but not the signs of readiness, which grow old meanwhile."""
+        return f"{[(member.key.hex(), member.name) for member in self.added]} {[key.hex() for key in self.removed]}"
+
+    def fault(self, draft: Draft) -> str | None:
+        """Return the key of the params that cannot be carried out on this state, None when all can."""
+        if any(key not in draft.committee for key in self.removed):
+            return "remove"
+        names = {record.name for key, record in present_members(draft) if key not in self.removed}
+        agents = {agent.pubkey for agent in draft.genesis.agents}
+        for member in self.added:
+            is_taken = member.key in draft.producers or member.key in draft.operators or member.key in agents
+            if is_taken or member.key in draft.committee or member.name in names:
+                return "add"
+            names.add(member.name)
+        return None if 1 <= len(names) <= VALIDATORS_MAX else ("add" if self.added else "remove")
+
+    def unready(self, draft: Draft) -> str | None:
+        """Return the name of a new member that has not shown within ten minutes of block time that it is ready."""
+        chain_id = draft.genesis.chain_id
+        for member in self.added:
+            is_fresh = draft.time_ms - READY_MS <= member.ready_ms <= draft.time_ms + READY_MS
+            if not is_fresh or not verify(member.key, ready_bytes(chain_id, member.ready_ms), member.signature):
+                return member.name
+        return None
+
+
+def ready_bytes(chain_id: bytes, time_ms: int) -> bytes:
+    """Return what a new validator signs to say that it is ready to join this chain now."""
+    return hashlib.sha256(b"cm/join/1" + chain_id + time_ms.to_bytes(8, "big")).digest()
+
+
+def present_members(draft: Draft) -> list[tuple[bytes, MemberRecord]]:
+    """Return the committee in order of public key: the order that numbers it."""
+    found = ((key, draft.committee.get(key)) for key in draft.committee.keys())  # noqa: SIM118 - a table, sorted
+    return [(key, record) for key, record in found if record is not None]
+
+
+def apply_member_change(draft: Draft, change: MemberChange) -> CommitteeEffect:
+    """Carry out a change that has no fault: the block becomes the last of its epoch."""
+    for key in change.removed:
+        draft.committee.drop(key)
+    for member in change.added:
+        draft.committee.put(member.key, MemberRecord(name=member.name))
+    members = present_members(draft)
+    draft.next_committee = tuple(key for key, _ in members)
+    return CommitteeEffect(members=draft.next_committee, names=tuple(record.name for _, record in members))
+
+
+def read_member_change(reader: Reader) -> MemberChange:
     """Read the params of a validator-set command strictly.
 
     Raises:
         JsonError: with the path of the fault.
     """
-    added, removed = reader.items("add", _KEYS_MAX, _operator), reader.items("remove", _KEYS_MAX, _key)
+    added, removed = reader.items("add", VALIDATORS_MAX, _member), reader.items("remove", VALIDATORS_MAX, _key)
     reader.text("reason")
     reader.finish()
     if not added and not removed:
         reader.fail("add", "or remove must name a validator")
+    if len({member.key for member in added} | set(removed)) != len(added) + len(removed):
+        reader.fail("add", "and remove name a validator twice")
+    return MemberChange(tuple(sorted(added, key=lambda member: member.key)), tuple(sorted(removed)))
+
+
+def _member(value: object, path: str) -> NewMember:
+    reader = Reader(path, value)
+    name, key = _required(reader, "name"), _key(reader.get("pubkey"), reader.at("pubkey"))
+    ready_ms = reader.integer("ready_ms", 0, _TIME_MS_MAX)
+    signature = _hex(reader.get("ready_signature"), reader.at("ready_signature"), 128)
+    reader.finish()
+    return NewMember(key, name, ready_ms or 0, signature)
 
 
 def _key(value: object, path: str) -> bytes:
+    return _hex(value, path, 64)
+
+
+def _hex(value: object, path: str, digits: int) -> bytes:
     text = text_of(value, path)
-    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
-        raise JsonError(path, "expected 64 lower-case hex digits")
+    if len(text) != digits or not set(text) <= set("0123456789abcdef"):
+        raise JsonError(path, f"expected {digits} lower-case hex digits")
     return bytes.fromhex(text)
 
 

@@ -18,7 +18,7 @@ from cybermesh.ledger.draft import Draft
 from cybermesh.ledger.encoding import encode
 from cybermesh.ledger.governance import Grant, rule_key
 from cybermesh.ledger.index import Span, spans_of
-from cybermesh.ledger.keyring import KeyChange, apply_key_change, read_key_change, read_member_change
+from cybermesh.ledger.keyring import KeyChange, apply_key_change, apply_member_change, read_key_change, read_member_change
 from cybermesh.ledger.params import read_params
 from cybermesh.ledger.receipts import Code, Ending, OperatorEffect, Why
 from cybermesh.ledger.records import DecisionRecord, ProposalRecord, RequestRecord, ShieldRecord, Stage
@@ -215,10 +215,21 @@ def _summary(change: KeyChange) -> str:
     return f"+{added} -{removed}"
 
 
-def _validator_set(_draft: Draft, _message: OperatorCommand, reader: Reader) -> Verdict:
-    """A new committee needs its members' readiness; nobody can show that yet, so the answer is always no."""
-    read_member_change(reader)
-    return Verdict(Code.NOT_READY)
+def _validator_set(draft: Draft, message: OperatorCommand, reader: Reader) -> Verdict:
+    """A new committee: its new members must have shown that they run, and a block has one change at most."""
+    change = read_member_change(reader)
+    fault = change.fault(draft)
+    if fault is not None:
+        return Verdict(Code.BAD_COMMAND, fault)
+    unready = "block" if draft.next_committee is not None else change.unready(draft)
+    if unready is not None:
+        return Verdict(Code.NOT_READY, unready[:DETAIL_CHARS_MAX])
+    operators = _signatures(draft, message, change.plain())
+    if isinstance(operators, Verdict):
+        return operators
+    effect = apply_member_change(draft, change)
+    summary = f"+{len(change.added)} -{len(change.removed)}"
+    return Verdict(Code.OK, "", (effect, _effect(message, "validator_set", summary, operators)))
 
 
 def _signatures(draft: Draft, message: OperatorCommand, change: str) -> tuple[bytes, ...] | Verdict:

@@ -167,7 +167,19 @@ class OperatorEffect:
     subject: str
 
 
-Effect = AnomalyEffect | EvidenceEffect | DecisionEffect | OperatorEffect
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitteeEffect:
+    """The block ends the epoch; ``members`` are the keys of the next committee in ascending order, ``names`` theirs.
+
+    This is what binds the next committee to the present one's quorum: a proof of this receipt is the step to the next epoch.
+    """
+
+    effect: str = "committee"
+    members: tuple[bytes, ...]
+    names: tuple[str, ...]
+
+
+Effect = AnomalyEffect | CommitteeEffect | EvidenceEffect | DecisionEffect | OperatorEffect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +214,11 @@ class Receipt:
     def decisions(self) -> tuple[DecisionEffect, ...]:
         """Its effects on decisions, in order of their number."""
         return tuple(effect for effect in self.effects if isinstance(effect, DecisionEffect))
+
+    @property
+    def committee(self) -> CommitteeEffect | None:
+        """The next committee, if this receipt ends the epoch."""
+        return next((effect for effect in self.effects if isinstance(effect, CommitteeEffect)), None)
 
 
 _TRANSACTION_KINDS = frozenset({Kind.ANOMALY, Kind.EVIDENCE, Kind.POLICY, Kind.OPERATOR})

@@ -40,6 +40,13 @@ class OperatorRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemberRecord:
+    """A validator of the committee that the chain has now."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WindowRecord:
     """The nonces of one instance of a producer: counters below ``floor`` are too old to judge.
 

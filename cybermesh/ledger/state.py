@@ -59,7 +59,8 @@ class Applied:
     """A block's outcome. ``rules`` holds, by decision number, the ``rule_data`` of every decision effect of the block.
 
     ``log_before`` is the log that the receipts were appended to: with it each of them can be proved at once. ``bodies`` are the
-    receipts' bytes, the leaves, made once for everybody who needs them.
+    receipts' bytes, the leaves, made once for everybody who needs them. ``next_committee`` (public keys, ascending) is set when
+    the block ends its epoch.
     """
 
     state: State
@@ -67,6 +68,7 @@ class Applied:
     rules: Mapping[int, bytes]
     log_before: Frontier
     bodies: tuple[bytes, ...]
+    next_committee: tuple[bytes, ...] | None = None
 
     @property
     def has_system_receipts(self) -> bool:
@@ -122,6 +124,11 @@ class State:
         times = [when for when in (first.due_ms if first else None, self.index.release_ms) if when is not None]
         return min(times, default=None)
 
+    @property
+    def committee(self) -> list[tuple[bytes, str]]:
+        """Return the public keys and names of the committee that the chain has after this block, by key."""
+        return [(key, self.tables.committee[key].name) for key in sorted(self.tables.committee)]
+
     def decision(self, policy_id: str) -> DecisionRecord | None:
         """Return a decision in force."""
         return self.tables.decisions.get(policy_id)
@@ -158,7 +165,7 @@ class State:
         receipts += run_timers(draft)
         bodies = tuple(receipt.encode() for receipt in receipts)
         state = _finished(draft, self.lattice, self.log, [leaf_hash(body) for body in bodies])
-        return Applied(state, tuple(receipts), draft.published, self.log, bodies)
+        return Applied(state, tuple(receipts), draft.published, self.log, bodies, draft.next_committee)
 
 
 def size_fault(genesis: Genesis, transactions: Sequence[bytes]) -> str | None:

@@ -17,6 +17,7 @@ from cybermesh.ledger.records import (
     AnomalyRecord,
     DecisionRecord,
     EvidenceRecord,
+    MemberRecord,
     OffenceRecord,
     OperatorRecord,
     ProducerRecord,
@@ -38,6 +39,7 @@ class Tables:
 
     producers: immutables.Map[bytes, ProducerRecord] = field(default_factory=immutables.Map)
     operators: immutables.Map[bytes, OperatorRecord] = field(default_factory=immutables.Map)
+    committee: immutables.Map[bytes, MemberRecord] = field(default_factory=immutables.Map)
     windows: immutables.Map[bytes, WindowRecord] = field(default_factory=immutables.Map)
     anomalies: immutables.Map[bytes, AnomalyRecord] = field(default_factory=immutables.Map)
     evidence: immutables.Map[bytes, EvidenceRecord] = field(default_factory=immutables.Map)

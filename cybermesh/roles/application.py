@@ -95,7 +95,7 @@ class LedgerApplication:
         if applied is None:
             return None
         state = applied.state
-        return Execution(state, state.root, state.decision_seq, bool(applied.receipts), applied)
+        return Execution(state, state.root, state.decision_seq, bool(applied.receipts), applied, applied.next_committee)
 
     def next_due_ms(self, state: State) -> int | None:
         """Return the block time from which a block would hold a system receipt."""

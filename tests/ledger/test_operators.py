@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cybermesh import genesis as g
+from cybermesh.ledger.keyring import ready_bytes
 from cybermesh.ledger.receipts import Code, Kind, OperatorEffect
 from cybermesh.ledger.state import Applied
 from tests.ledger.world import ATTACKER, World, changes, codes, decisions, deployment, key, policy
@@ -206,10 +207,78 @@ def test_a_command_that_cannot_be_read_names_the_place(action: str, arguments: d
     assert (receipt.code, receipt.detail) == (Code.BAD_COMMAND, detail)
 
 
-def test_a_validator_set_is_read_and_not_ready() -> None:
+def joining(world: World, name: str, *, ready_ms: int | None = None, signer: str = "") -> dict[str, object]:
+    """A new validator as operators name it, with its own word that it is ready."""
+    when = world.now_ms if ready_ms is None else ready_ms
+    signature = key(signer or name).sign(ready_bytes(world.genesis.chain_id, when))
+    return {"name": name, "pubkey": key(name).public.hex(), "ready_ms": when, "ready_signature": signature.hex()}
+
+
+def test_two_operators_change_the_validator_set_and_the_receipt_names_the_next_one() -> None:
     world = World()
-    member = {"name": "v9", "pubkey": key("v9").public.hex()}
-    assert codes(world.apply(world.command("alice", "validator_set", add=[member]))) == [Code.NOT_READY]
+    change = {"add": [joining(world, "v9")], "remove": [key("v0").public.hex()]}
+    applied = world.try_apply(world.command("alice", "validator_set", **change))
+    assert isinstance(applied, Applied)
+    assert codes(applied.receipts) == [Code.AWAITING_OPERATORS]
+    assert applied.next_committee is None
+    world.apply(world.command("alice", "validator_set", **change))
+    # The word of readiness has been given anew meanwhile; it is not what the operators agree to.
+    renewed = change | {"add": [joining(world.after(60), "v9")]}
+    command = world.command("bob", "validator_set", **renewed)
+    applied = world.try_apply(command)
+    assert isinstance(applied, Applied)
+    members = tuple(sorted(key(name).public for name in ("v1", "v2", "v3", "v9")))
+    assert applied.next_committee == members
+    (receipt,) = world.apply(command)
+    assert receipt.committee is not None
+    assert receipt.committee.members == members
+    assert set(receipt.committee.names) == {"v1", "v2", "v3", "v9"}
+    assert [member for member, _ in world.state.committee] == list(members)
+    assert world.apply()[:0] == ()
+    applied = world.try_apply()
+    assert isinstance(applied, Applied)
+    assert applied.next_committee is None, "one block ends the epoch, not every one after it"
+
+
+@pytest.mark.parametrize("case", ["old", "early", "of another", "of another chain"])
+def test_a_validator_that_has_not_shown_itself_ready_does_not_join(case: str) -> None:
+    world = World()
+    member = {
+        "old": lambda: joining(world, "v9", ready_ms=world.now_ms - 600_001),
+        "early": lambda: joining(world, "v9", ready_ms=world.now_ms + 600_001),
+        "of another": lambda: joining(world, "v9", signer="v8"),
+        "of another chain": lambda: joining(World(deployment(chain_name="other")), "v9"),
+    }[case]()
+    for who in ("alice", "bob"):
+        (receipt,) = world.apply(world.command(who, "validator_set", add=[member]))
+        assert (receipt.code, receipt.detail) == (Code.NOT_READY, "v9")
+    assert len(world.state.committee) == 4
+
+
+def test_a_block_changes_the_validator_set_once() -> None:
+    world = World()
+    commands = [
+        world.command(who, "validator_set", add=[joining(world, name)]) for name in ("v8", "v9") for who in ("alice", "bob")
+    ]
+    receipts = world.apply(*commands)
+    assert codes(receipts) == [Code.AWAITING_OPERATORS, Code.OK, Code.NOT_READY, Code.NOT_READY]
+    assert {name for _, name in world.state.committee} == {"v0", "v1", "v2", "v3", "v8"}
+
+
+def test_a_validator_set_that_cannot_be_is_refused() -> None:
+    world = World()
+    everybody = [key(f"v{number}").public.hex() for number in range(4)]
+    for change, fault in (
+        ({"remove": [key("v9").public.hex()]}, "remove"),
+        ({"remove": everybody}, "remove"),
+        ({"add": [joining(world, "v1")]}, "add"),
+        ({"add": [joining(world, "solo")]}, "add"),
+        ({"add": [joining(world, "alice")]}, "add"),
+        ({"add": [joining(world, "v9") | {"name": "v1"}]}, "add"),
+        ({"add": [joining(world, "v9")], "remove": [key("v9").public.hex()]}, "add"),
+    ):
+        (receipt,) = world.apply(world.command("alice", "validator_set", **change))
+        assert (receipt.code, receipt.detail) == (Code.BAD_COMMAND, fault), change
 
 
 def test_labels_and_mutes_are_recorded_without_addresses() -> None:
