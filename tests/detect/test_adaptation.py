@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 from typer.testing import CliRunner
 
 from cybermesh.cli import _application, output
-from cybermesh.detect import adaptation, density, modelcard, recalibration
+from cybermesh.detect import adaptation, density, modelcard, modelfile, recalibration
 from cybermesh.detect.datasets import BENIGN, Dataset, DatasetError
 from cybermesh.detect.engines.classifier import Classifier
 from cybermesh.detect.evaluation import evaluate
 from cybermesh.detect.training import Trained
 from cybermesh.keys import SigningKey
 from cybermesh.keystore import save_key
+from cybermesh.roles.detection import open_detector
 from cybermesh.telemetry.cic_columns import OWN
 from cybermesh.telemetry.features import COLUMN, NAMES
 from tests.detect import flow_rows
@@ -207,6 +210,29 @@ def test_adapt_calibrate_and_evaluate_on_the_command_line_and_a_changed_model_is
     (tmp_path / "c" / "model.json").write_text(text.replace('"benign_shift"', '"benign_shifT"'))
     with pytest.raises(output.CommandError, match="nor signed"):
         run(*signed)
+
+
+def test_the_role_loads_a_sites_model_only_with_the_sites_key(tmp_path: Path) -> None:
+    key, other = SigningKey(b"\x05" * 32), SigningKey(b"\x06" * 32)
+    modelfile.save(tmp_path / "m", adapted().model, adapted().onnx)
+    modelfile.sign(tmp_path / "m", key)
+    opened = open_detector(None, tmp_path / "m", key.public.hex())
+    (engine,) = [one for one in opened.pipeline.detector.engines if isinstance(one, Classifier)]
+    assert engine.knows_site
+    assert engine.model.classes == adapted().model.classes
+    for wrong in (other.public.hex(), ""):
+        with pytest.raises(modelfile.ModelError, match="nor signed"):
+            open_detector(None, tmp_path / "m", wrong)
+    body = json.loads((tmp_path / "m" / "model.json").read_text())
+    del body["sha256"]
+    body["definition_hash"] = "00" * 32
+    text = orjson.dumps(body, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2)
+    digest = hashlib.sha256(text).hexdigest()
+    whole = orjson.dumps(body | {"sha256": digest}, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2)
+    (tmp_path / "m" / "model.json").write_bytes(whole)
+    modelfile.sign(tmp_path / "m", key)  # even the site's own signature does not make other features the meter's
+    with pytest.raises(modelfile.ModelError, match="other feature definitions"):
+        open_detector(None, tmp_path / "m", key.public.hex())
 
 
 def test_rows_of_another_extractor_are_refused_on_the_command_line(tmp_path: Path) -> None:

@@ -83,6 +83,16 @@ def test_a_missing_file_and_a_missing_label_say_so(tmp_path: Path) -> None:
         read(path)
 
 
+def test_the_en_dash_of_2017_is_read_in_code_page_1252_and_in_utf_8(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.csv", variant("improved"), as_improved(flows(KINDS)), ["Web Attack - XSS"] * len(KINDS))
+    text = path.read_text()
+    for encoding in ("cp1252", "utf-8", "utf-8-sig"):
+        path.write_bytes(text.replace("Web Attack - XSS", " Web Attack \u2013 XSS ").encode(encoding))
+        dataset = read(path)
+        assert set(dataset.labels.tolist()) == {"web_attack"}
+        assert set(dataset.names.tolist()) == {"Web Attack \u2013 XSS"}
+
+
 def test_a_few_missing_columns_are_unknown_features(tmp_path: Path) -> None:
     of = variant("improved")
     columns = {name: column for name, column in of.columns.items() if name not in {"src_port", "dst_port", "idle_min"}}
