@@ -25,6 +25,7 @@ from cybermesh.enforce.state import Exemption, State, StateError
 from cybermesh.messages import Ack, PolicyUpdate
 from cybermesh.policy import parse
 from cybermesh.wire import codec
+from tests.enforce.test_guard import HERE, MALFORMED, PASSES, TARGETS
 
 START_MS = 1_700_000_000_000
 BAD_PROOF = b"bad"
@@ -243,6 +244,30 @@ async def test_a_decision_that_fails_a_step_changes_nothing_and_says_why(
     (ack,) = await host.acks()
     assert ack.endswith(f"failed {code}")
     assert host.enforcer.counts[code] == 1
+
+
+@pytest.mark.parametrize(("target", "expected"), TARGETS)
+async def test_a_proof_gets_no_target_past_the_guard(host: Host, target: str, expected: str) -> None:
+    """The guard's whole table again, each target in a decision that is signed and proven."""
+    host.protected = HERE
+    rule = orjson.dumps(
+        {
+            "policy_id": "p",
+            "rule_type": "block",
+            "action": "drop",
+            "target": {"cidrs": [target]},
+            "guardrails": {"ttl_seconds": 60},
+        }
+    )
+    digest = hashlib.sha256(rule).digest()
+    decided = orjson.loads(event().proof) | {"rule_hash": digest.hex()}
+    (outcome,) = await host.enforcer.handle([event(rule_data=rule, rule_hash=digest, proof=orjson.dumps(decided))])
+    if expected == PASSES:
+        assert (outcome.result, len(host.installed())) == ("applied", 1)
+        return
+    code = "BAD_POLICY" if expected == MALFORMED else expected
+    assert (outcome.code, host.installed()) == (code, {})
+    assert await host.acks() == [f"p 1 failed {code}"]
 
 
 async def test_a_proven_rule_that_does_not_parse_is_refused_with_its_path(host: Host) -> None:
