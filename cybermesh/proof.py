@@ -214,6 +214,31 @@ def prove_step(headers: Sequence[Header], certificate: QuorumCert, place: Includ
     )
 
 
+def committee_step(headers: Sequence[Header], certificate: QuorumCert, applied: Applied, quorum: int) -> EpochStep | None:
+    """Return the step that the first of ``headers`` ends its epoch with; None when its block names no next committee."""
+    position = next((place for place, receipt in enumerate(applied.receipts) if receipt.committee is not None), None)
+    return None if position is None else prove_step(headers, certificate, included(applied, position), quorum)
+
+
+def encode_step(step: EpochStep) -> bytes:
+    """Return a step's canonical bytes, for keeping."""
+    return encoding.encode(step)
+
+
+def decode_step(data: bytes) -> EpochStep:
+    """Return the step that was kept.
+
+    Raises:
+        ProofError: the bytes are no step.
+    """
+    try:
+        step = encoding.restore(EpochStep, encoding.load(data))
+    except encoding.EncodingError as error:
+        raise ProofError(Step.ENCODING, str(error)) from error
+    assert isinstance(step, EpochStep)
+    return step
+
+
 def _shortened(before: Header, header: Header) -> LaterHeader:
     short = LaterHeader(
         hashes=(

@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar, cast
 from cybermesh.consensus import codec
 from cybermesh.consensus.certificates import CertificateVerifier
 from cybermesh.consensus.committee import Committee
-from cybermesh.consensus.types import Block, MalformedError, merkle_root
+from cybermesh.consensus.types import Block, Header, MalformedError, merkle_root
 from cybermesh.envelope import EnvelopeError
 from cybermesh.genesis import Genesis
 from cybermesh.keys import verify
@@ -30,6 +30,7 @@ from cybermesh.ledger.encoding import EncodingError
 from cybermesh.ledger.snapshot import decode_snapshot
 from cybermesh.ledger.state import Applied, InvalidBlock, LedgerBlock, State
 from cybermesh.messages import tx_digest
+from cybermesh.proof import EpochStep, encode_step
 from cybermesh.roles import records
 from cybermesh.roles.audit_findings import Finding, FoundError, compare, found
 from cybermesh.roles.audit_pruned import PrunedChain
@@ -39,6 +40,7 @@ from cybermesh.store.records import (
     StoredAck,
     StoredBlock,
     StoredDecision,
+    StoredEpoch,
     StoredEvidence,
     StoredReceipt,
     StoredSnapshot,
@@ -115,6 +117,8 @@ class Auditor:
         self._state = State.at_genesis(genesis)
         self._parent = self._committee.genesis_hash()
         self._open: list[tuple[Block, Applied]] = []
+        self._steps: tuple[EpochStep, ...] = ()
+        self._epochs: dict[int, StoredEpoch] = {}
         self._active: dict[str, int] = {}
         self._snapshots: dict[int, StoredSnapshot] = {}
         self.report = Report()
@@ -130,6 +134,7 @@ class Auditor:
         if bounds is None:
             raise AuditError("the store holds no block: nothing to audit")
         self._snapshots = {snapshot.height: snapshot for snapshot in await self._rows.all(StoredSnapshot)}
+        self._epochs = {row.first_height: row for row in await self._rows.all(StoredEpoch)}
         try:
             first = await self._start(bounds[0])
             await self._walk(first, bounds[1])
@@ -319,14 +324,52 @@ class Auditor:
             certificate = codec.decode_quorum_cert(stored[0].body)
         except MalformedError as error:
             found("certificates", key, "changed", height, f"is no certificate: {error}")
-        if certificate.parent_hash != self._parent or not certificate.proves_parent:
+        suffix = self._suffix(height)
+        last = suffix[-1].hash if suffix else self._parent
+        if certificate.parent_hash != last or not certificate.proves_parent:
             found("certificates", key, "changed", height, "it does not prove the commit of this block")
         if not self._verifier.is_valid_quorum_cert(certificate):
             found("certificates", key, "changed", height, "no quorum has signed it")
         committed, self._open = self._open, []
         for position, (block, applied) in enumerate(committed):
-            headers = [later.header for later, _ in committed[position:]]
-            self._check_outbox(block, applied, records.Proof(headers, certificate), page)
+            headers = [*(later.header for later, _ in committed[position:]), *suffix]
+            evidence = records.Proof(headers, certificate, self._steps)
+            self._check_outbox(block, applied, evidence, page)
+            self._follow_epoch(block, applied, evidence)
+
+    def _suffix(self, height: int) -> list[Header]:
+        """Return the headers behind the last block of an epoch that its certificate needs, kept with the epoch."""
+        row = self._epochs.get(height + 1)
+        if row is None or self._open[-1][1].next_committee is None:
+            return []
+        key: dict[str, object] = {"epoch": row.epoch}
+        try:
+            headers = [Header.decode(header) for header in wire_codec.EPOCH_CHANGE.decode(row.change).headers[1:]]
+        except (EnvelopeError, MalformedError) as error:
+            found("epochs", key, "changed", height, f"column change: {error}")
+        parent = self._parent
+        for header in headers:
+            if header.parent_hash != parent:
+                found("epochs", key, "changed", height, "column change: its headers do not follow each other")
+            parent = header.hash
+        return headers
+
+    def _follow_epoch(self, block: Block, applied: Applied, evidence: records.Proof) -> None:
+        """Go on with the next committee, which the block has named."""
+        if applied.next_committee is None:
+            return
+        step = evidence.step(applied, self._genesis)
+        row, epoch = self._epochs.get(block.height + 1), block.header.epoch + 1
+        members = b"".join(applied.next_committee)
+        if row is None or step is None:
+            found("epochs", {"epoch": epoch}, "removed", block.height, "the block names the next committee")
+        if (row.epoch, row.committee, row.step) != (epoch, members, encode_step(step)):
+            found("epochs", {"epoch": epoch}, "changed", block.height, "it is not the committee that the block names")
+        self._steps = (*self._steps, step)
+        self._committee = Committee.of(self._genesis.chain_id, applied.next_committee, epoch=epoch)
+        certificate = self._committee.genesis_cert(block.hash)
+        self._verifier = CertificateVerifier(self._committee, verify, certificate)
+        self._parent = self._committee.genesis_hash(block.hash)
 
     def _check_outbox(self, block: Block, applied: Applied, evidence: records.Proof, page: _Page) -> None:
         stored = {(row.event, row.subject): row for row in page.outbox.get(block.height, [])}

@@ -224,6 +224,8 @@ class Replay:
         made = []
         for position, (each, applied) in enumerate(committed):
             headers = [later.block.header for later, _ in committed[position:]]
+            if applied.next_committee is not None:
+                raise BackupError(f"height {self.height}: the committee changes here, and an export cannot follow it yet")
             rows = records.of_block(
                 each.block, applied, self._genesis, records.Moment(each.committed_ms, each.last_voted_round)
             )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from cybermesh import proof
 from cybermesh.bus.topics import Topics
 from cybermesh.consensus import codec as consensus_codec
-from cybermesh.consensus.committee import quorum
+from cybermesh.consensus.committee import FIRST_EPOCH, quorum
 from cybermesh.consensus.events import Commit as ConsensusCommit
 from cybermesh.consensus.types import Block, Header, QuorumCert
 from cybermesh.genesis import Genesis
@@ -57,11 +57,12 @@ UNSIGNED = bytes(64)
 
 @dataclass(frozen=True, slots=True)
 class Author:
-    """On whose behalf records are made: the genesis, the publishing key, and the topics."""
+    """On whose behalf records are made: genesis, publishing key, topics, and a step for each epoch that has ended."""
 
     genesis: Genesis
     key: SigningKey
     topics: Topics
+    steps: tuple[proof.EpochStep, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +83,12 @@ def of_commit(commit: ConsensusCommit[State], author: Author, moment: Moment) ->
         is_last = position == len(commit.blocks) - 1
         next_committee = commit.next_committee if is_last else None
         certificate = consensus_codec.encode_quorum_cert(commit.certificate) if is_last else b""
-        evidence = Proof([*headers[position:], *commit.suffix], commit.certificate)
+        evidence = Proof([*headers[position:], *commit.suffix], commit.certificate, author.steps)
         rows = of_block(entry.block, applied, author.genesis, moment)
         events = events_of(entry.block, applied, evidence, author.genesis)
         published = tuple(_sealed(event, author) for event in events)
         if next_committee is not None:
-            epoch, event = _epoch_change(entry.block.header, evidence, next_committee, author)
+            epoch, event = _epoch_change(applied, evidence, next_committee, author)
             rows, published = dataclasses.replace(rows, epochs=(epoch,)), (*published, event)
         records.append(dataclasses.replace(rows, certificate=certificate, outbox=published))
     return records
@@ -99,17 +100,30 @@ class Proof:
 
     headers: Sequence[Header]
     certificate: QuorumCert
+    steps: Sequence[proof.EpochStep] = ()
 
-    def prove(self, place: proof.Included, members: int) -> bytes:
-        """Return the proof of a receipt of the first block; ``members`` is the size of the committee."""
-        return proof.prove(self.headers, self.certificate, place, quorum(members))
+    def prove(self, place: proof.Included, genesis: Genesis) -> bytes:
+        """Return the proof of a receipt of the first block."""
+        steps = self.steps[: self.headers[0].epoch - FIRST_EPOCH]
+        return proof.prove(self.headers, self.certificate, place, self.quorum(genesis), steps)
+
+    def step(self, applied: Applied, genesis: Genesis) -> proof.EpochStep | None:
+        """Return the step with which the first block ends its epoch, if it does."""
+        return proof.committee_step(self.headers, self.certificate, applied, self.quorum(genesis))
+
+    def quorum(self, genesis: Genesis) -> int:
+        """Return the quorum of the committee of the headers' epoch."""
+        ended = self.headers[0].epoch - FIRST_EPOCH
+        change = self.steps[ended - 1].receipt.committee if ended else None
+        return quorum(len(genesis.validators) if change is None else len(change.members))
 
 
 def _epoch_change(
-    header: Header, evidence: Proof, next_committee: Sequence[bytes], author: Author
+    applied: Applied, evidence: Proof, next_committee: Sequence[bytes], author: Author
 ) -> tuple[StoredEpoch, OutboxEvent]:
     """Return what says that a committee has taken over after this block: the row, and the message to agents and auditors."""
-    names = {member.pubkey: member.name for member in author.genesis.validators}
+    header, step = evidence.headers[0], evidence.step(applied, author.genesis)
+    names = {member.pubkey: member.name for member in author.genesis.validators} | dict(applied.state.committee)
     epoch, members = header.epoch + 1, sorted(next_committee)
     change = EpochChange(
         epoch=epoch,
@@ -123,7 +137,7 @@ def _epoch_change(
         pubkey=b"",
     )
     sealed = codec.encode(seal(change, author.key, control_domains(author.genesis)))
-    stored = StoredEpoch(epoch, header.height + 1, b"".join(members), sealed)
+    stored = StoredEpoch(epoch, header.height + 1, b"".join(members), sealed, None if step is None else proof.encode_step(step))
     return stored, OutboxEvent(EPOCH_EVENT, epoch, author.topics.control_policy, str(epoch).encode(), sealed)
 
 
@@ -251,7 +265,7 @@ def events_of(block: Block, applied: Applied, evidence: Proof, genesis: Genesis)
     for position, receipt in enumerate(applied.receipts):
         if not receipt.decisions:
             continue
-        proven = evidence.prove(places.at(position), len(genesis.validators))
+        proven = evidence.prove(places.at(position), genesis)
         for effect in receipt.decisions:
             update = proof.update_of(header, effect, applied.rules[effect.decision_seq], proven)
             events.append(Event(DECISION_EVENT, effect.decision_seq, effect.policy_id.encode(), update))

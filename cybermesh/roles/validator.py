@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +41,7 @@ from cybermesh.ledger.state import State
 from cybermesh.ledger.tables import Tables
 from cybermesh.log import logger
 from cybermesh.metrics import Figures
+from cybermesh.proof import decode_step
 from cybermesh.roles import records, recovery
 from cybermesh.roles.application import LedgerApplication
 from cybermesh.roles.clock import Clock
@@ -48,7 +49,7 @@ from cybermesh.roles.intake import Intake, MessageCounts, Surroundings
 from cybermesh.roles.patience import Patience
 from cybermesh.roles.ring import control_domains, ledger_ring
 from cybermesh.store.outbox import OutboxPublisher, PublisherParts, publishes_at_once
-from cybermesh.store.records import AuditEntry, StoredSnapshot
+from cybermesh.store.records import AuditEntry, StoredEpoch, StoredSnapshot
 from cybermesh.store.store import Store
 from cybermesh.wire.control import open_ack
 
@@ -197,6 +198,7 @@ class ValidatorRole:
             self._take_seat(await recovery.present_committee(self._parts.store, self._committee))
             root = await recovery.restore(self._parts.store, self._parts.genesis, self._committee, self._application)
             self._snapshot_height = root.height
+            self._follow_epochs(await self._parts.store.chain.epochs())
             self._follow_ring(root.state)
             self._log.info("validator_started", index=self._index, height=root.height, votes=signer is not None)
             async with asyncio.TaskGroup() as group:
@@ -315,12 +317,18 @@ class ValidatorRole:
         given_up = self._application.take_given_up()
         if given_up:
             await self._patience.until_done(lambda: self._parts.store.mempool.remove(given_up))
+        self._follow_epochs(rows[-1].epochs)
         self._outbox.notify()
         self._parts.on_commit(commit)
         newest = commit.blocks[-1]
         self._follow_ring(newest.execution.state)
         if newest.block.height >= self._snapshot_height + SNAPSHOT_EVERY:
             await self._save_snapshot(newest.block.height, newest.block.hash, newest.execution.state)
+
+    def _follow_epochs(self, epochs: Sequence[StoredEpoch]) -> None:
+        """Have the proofs of later epochs carry how they began."""
+        steps = tuple(decode_step(epoch.step) for epoch in epochs if epoch.step is not None)
+        self._author = replace(self._author, steps=(*self._author.steps, *steps))
 
     def _follow_ring(self, state: State) -> None:
         """Admit messages by the key ring that operators have changed, from the block on that changed it."""

@@ -95,12 +95,13 @@ class StoredEvidence:
 
 @dataclass(frozen=True, slots=True)
 class StoredEpoch:
-    """A committee and the bytes of the EpochChange that brought it (empty for the first)."""
+    """A committee, the bytes of the EpochChange that brought it (empty for the first), and the step that proofs carry of it."""
 
     epoch: int
     first_height: int
     committee: bytes
     change: bytes
+    step: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,8 @@ epochs = Table(
     Column("first_height", BigInteger, nullable=False),
     Column("committee", LargeBinary, nullable=False),
     Column("change", LargeBinary, nullable=False),
+    # What a later epoch's proofs carry of this change; absent for the first epoch.
+    Column("step", LargeBinary),
 )
 
 outbox = Table(

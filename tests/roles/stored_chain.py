@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from cybermesh.consensus.types import (
 )
 from cybermesh.ledger.snapshot import encode_snapshot
 from cybermesh.ledger.state import Applied, State
+from cybermesh.proof import decode_step
 from cybermesh.roles import records
 from cybermesh.store.records import CommittedBlock as StoredCommit
 from cybermesh.store.records import StoredSnapshot
@@ -55,7 +57,7 @@ class StoredChain:
         round_ = Round(before.round + 1 + skipped)
         tc = self._timeout(Round(round_ - 1), before) if skipped else None
         header = Header(
-            version=PROTOCOL_VERSION, chain_id=self.world.genesis.chain_id, epoch=1, round=round_,
+            version=PROTOCOL_VERSION, chain_id=self.world.genesis.chain_id, epoch=self.committee.epoch, round=round_,
             height=Height(self.world.height), author=round_ % self.committee.n, time_ms=self.world.now_ms,
             parent_hash=before.block_hash, parent_round=before.round, parent_signers=before.signers, qc_digest=before.digest,
             tc_digest=NO_CERT if tc is None else tc.digest, payload_root=merkle_root(transactions),
@@ -63,7 +65,7 @@ class StoredChain:
         )  # fmt: skip
         block = Block(header, before, tc, tuple(transactions), self.keys[header.author].sign(header.hash))
         state = applied.state
-        execution = Execution(state, state.root, state.decision_seq, bool(applied.receipts), applied)
+        execution = Execution(state, state.root, state.decision_seq, bool(applied.receipts), applied, applied.next_committee)
         self.waiting.append(CommittedBlock(block, execution))
         self.certificate = self.certify(header)
         if commits:
@@ -74,20 +76,34 @@ class StoredChain:
         """Commit what waits by a certificate of a child in the next round, as a replica gets it."""
         child = BlockHash(bytes([7]) * 32)
         message = vote_bytes(self.committee, Round(last.round + 1), child, last.round, last.hash)
-        signatures = tuple((voter, self.keys[voter].sign(message)) for voter in (0, 1, 3))
-        certificate = QuorumCert(1, Round(last.round + 1), child, last.round, last.hash, signatures)
+        signatures = tuple((voter, self.keys[voter].sign(message)) for voter in range(self.committee.quorum))
+        certificate = QuorumCert(self.committee.epoch, Round(last.round + 1), child, last.round, last.hash, signatures)
         commit = Commit(tuple(self.waiting), certificate)
         self.rows.append(records.of_commit(commit, self.author, records.Moment(self.world.now_ms + 7, last.round)))
         self.waiting = []
+        steps = tuple(decode_step(epoch.step) for epoch in self.rows[-1][-1].epochs if epoch.step is not None)
+        self.author = dataclasses.replace(self.author, steps=(*self.author.steps, *steps))
+        members = commit.blocks[-1].execution.next_committee
+        if members is not None:
+            names = [name for _, name in self.world.state.committee]
+            self.keys = sorted((key(name) for name in names), key=lambda signer: signer.public)
+            self.committee = Committee.of(self.committee.chain_id, members, epoch=self.committee.epoch + 1)
+            self.certificate = self.committee.genesis_cert(BlockHash(last.hash))
 
     def certify(self, header: Header) -> QuorumCert:
         message = vote_bytes(self.committee, header.round, header.hash, header.parent_round, header.parent_hash)
-        signatures = tuple((voter, self.keys[voter].sign(message)) for voter in (0, 1, 2))
-        return QuorumCert(1, header.round, BlockHash(header.hash), header.parent_round, header.parent_hash, signatures)
+        signatures = tuple((voter, self.keys[voter].sign(message)) for voter in range(self.committee.quorum))
+        named = (header.round, BlockHash(header.hash), header.parent_round, header.parent_hash)
+        return QuorumCert(self.committee.epoch, *named, signatures)
 
     def _timeout(self, round_: Round, high: QuorumCert) -> TimeoutCert:
         message = timeout_bytes(self.committee, round_, high.round)
-        return TimeoutCert(1, round_, high, tuple((voter, high.round, self.keys[voter].sign(message)) for voter in (1, 2, 3)))
+        return TimeoutCert(
+            self.committee.epoch,
+            round_,
+            high,
+            tuple((voter, high.round, self.keys[voter].sign(message)) for voter in range(self.committee.quorum)),
+        )
 
     def snapshot(self) -> None:
         """Take a snapshot of the state as it is now."""

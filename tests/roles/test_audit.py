@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from cybermesh.proof import verify_proof
 from cybermesh.roles.audit import AuditError, Auditor, Report
 from cybermesh.store.store import open_store
+from cybermesh.wire import codec
 from cybermesh.wire.admission import read_transaction
-from tests.ledger.world import transaction
+from tests.ledger.test_operators import joining
+from tests.ledger.world import policy, transaction
 from tests.postgres import Cluster
 from tests.roles.stored_chain import StoredChain, random_chain, stored, usual_chain
 
@@ -302,3 +305,30 @@ async def test_a_chain_of_other_validators_is_refused(usual: StoredChain, usual_
     finding = (await audited(other, Path(copy))).finding
     assert finding is not None
     assert finding.table == "blocks"
+
+
+async def test_an_audit_follows_the_committee_and_the_new_one_proves_its_decisions(tmp_path: Path) -> None:
+    chain = StoredChain()
+    world = chain.world
+    chain.add(*world.case("solo", "before", policy("203.0.113.5"), "203.0.113.5"))
+    member = joining(world, "v9")
+    chain.add(*(world.command(who, "validator_set", add=[member]) for who in ("alice", "bob")))
+    world.after(61)
+    chain.add(*world.case("solo", "after", policy("203.0.113.6"), "203.0.113.6"), skipped=1)
+    where = await stored(chain, tmp_path / "ledger.db")
+    report = await audited(chain, where)
+    assert report.finding is None, str(report.finding)
+    assert report.state_root == world.state.root
+    async with open_store(where) as store:
+        raw = await store.outbox.event("decision", 2)
+    assert raw is not None
+    proven = verify_proof(codec.POLICY_UPDATE.decode(raw).proof, world.genesis)
+    assert (proven.header.epoch, len(proven.members)) == (2, 5)
+    for change in ("DELETE FROM epochs", "UPDATE epochs SET committee = x'00'", "UPDATE epochs SET step = x'7b7d'"):
+        copy = Path(shutil.copy(where, tmp_path / "copy.db"))
+        plain = sqlite3.connect(copy)
+        plain.executescript(change)
+        plain.close()
+        finding = (await audited(chain, copy)).finding
+        assert finding is not None
+        assert finding.table == "epochs", str(finding)
