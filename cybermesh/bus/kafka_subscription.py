@@ -41,6 +41,9 @@ COMMIT_DELAY_S = 0.1
 COMMIT_LAST_S = 5.0
 # Taken from the client at a time; it holds compressed batches, so only the number of records bounds what they become.
 FETCH_RECORDS_MAX = 16
+# While records are small, more and more of them, because every turn costs as much as several records.
+FETCH_SMALL_RECORDS_MAX = 512
+FETCH_SMALL_BYTES = 1 * MIB
 FETCH_BYTES_MAX = 8 * MIB
 BUFFER_RECORDS_MAX = 10_000
 BUFFER_BYTES_MAX = 8 * MIB
@@ -219,15 +222,19 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aio
             await consumer._client.close()  # noqa: SLF001 (aiokafka has no other way)
 
     async def _fetch(self, consumer: AIOKafkaConsumer) -> None:
+        records_max = FETCH_RECORDS_MAX
         while True:
             if self._is_above(1.0):
                 await self._wait_for_room(consumer)
-            fetched = await consumer.getmany(timeout_ms=POLL_MS, max_records=FETCH_RECORDS_MAX)
+            fetched = await consumer.getmany(timeout_ms=POLL_MS, max_records=records_max)
+            before = self._arrivals.size_bytes
             for place, records in fetched.items():
                 if place in self._positions:
                     self._heard()
                     self._arrivals.feed(map(_delivery, records))
                     self._positions[place] = records[-1].offset + 1
+            is_small = self._arrivals.size_bytes - before < FETCH_SMALL_BYTES
+            records_max = min(2 * records_max, FETCH_SMALL_RECORDS_MAX) if is_small else FETCH_RECORDS_MAX
             await asyncio.sleep(0)  # the client does not wait while it has records, and the role must get its turn
 
     async def _wait_for_room(self, consumer: AIOKafkaConsumer) -> None:
