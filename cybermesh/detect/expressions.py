@@ -8,6 +8,7 @@ There are no attributes, subscripts, strings or calls of anything else, and the 
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -21,6 +22,7 @@ NODES_MAX = 300
 Column: TypeAlias = npt.NDArray[np.float64]
 Columns: TypeAlias = Mapping[str, Column]
 _Step: TypeAlias = Callable[[Columns], Column]
+_Test: TypeAlias = Callable[[Columns], npt.NDArray[np.bool_]]
 
 
 class ExpressionError(Exception):
@@ -34,6 +36,7 @@ class Expression:
     text: str
     names: frozenset[str]
     ranges: Mapping[str, str]  # of names compared with a plain number: the comparison, as "> 20"
+    floors: Mapping[str, float]  # least values of names without which it is never true
     _step: _Step
 
     def __call__(self, columns: Columns) -> Column:
@@ -90,7 +93,34 @@ def compile_expression(text: str, names: frozenset[str], constants: Mapping[str,
         raise ExpressionError(f"more than {NODES_MAX} parts")
     compiler = _Compiler(names, constants)
     step = compiler.step(tree.body)
-    return Expression(" ".join(text.split()), frozenset(compiler.used), compiler.ranges, step)
+    return Expression(" ".join(text.split()), frozenset(compiler.used), compiler.ranges, _floors(tree.body, names), step)
+
+
+def _floors(node: ast.expr, names: frozenset[str]) -> dict[str, float]:
+    """Return what ``name >= number`` terms at the top of a conjunction demand."""
+    if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And):
+        parts = [_floors(value, names) for value in node.values]
+        return {name: max(part.get(name, -math.inf) for part in parts) for part in parts for name in part}
+    match node:
+        case ast.Compare(
+            left=ast.Name(id=name), ops=[ast.GtE() | ast.Gt()], comparators=[ast.Constant(value=int() | float() as least)]
+        ):
+            return {name: float(least)} if name in names else {}
+        case _:
+            return {}
+
+
+def _joined(conjunction: bool, tests: list[_Test]) -> _Test:
+    def run(columns: Columns) -> npt.NDArray[np.bool_]:
+        joined = tests[0](columns)
+        for test in tests[1:]:
+            # Most conditions fail on their first comparison for every row, so the rest need not be looked at.
+            if conjunction and not joined.any():
+                break
+            joined = joined & test(columns) if conjunction else joined | test(columns)
+        return joined
+
+    return run
 
 
 class _Compiler:
@@ -109,19 +139,15 @@ class _Compiler:
                 return lambda _: number
             case ast.Name(id=name):
                 return self._name(name)
-            case ast.BoolOp(op=op, values=values):
-                return self._logic(isinstance(op, ast.And), [self.step(value) for value in values])
-            case ast.UnaryOp(op=ast.Not(), operand=operand):
-                inner = self.step(operand)
-                return lambda columns: (inner(columns) == 0).astype(np.float64)
+            case ast.BoolOp() | ast.Compare() | ast.UnaryOp(op=ast.Not()):
+                truth = self._truth(node)
+                return lambda columns: np.asarray(truth(columns), np.float64)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 inner = self.step(operand)
                 return lambda columns: -inner(columns)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 operator, first, second = _OPERATORS[type(op)], self.step(left), self.step(right)
                 return lambda columns: operator(first(columns), second(columns))
-            case ast.Compare():
-                return self._compare(node)
             case ast.Call():
                 return self._call(node)
             case _:
@@ -136,21 +162,22 @@ class _Compiler:
         self.used.add(name)
         return lambda columns: columns[name]
 
-    def _logic(self, conjunction: bool, steps: list[_Step]) -> _Step:
-        def run(columns: Columns) -> Column:
-            joined = steps[0](columns) != 0
-            for step in steps[1:]:
-                # Most conditions fail on their first comparison for every row, so the rest need not be looked at.
-                if conjunction and not joined.any():
-                    break
-                more = step(columns) != 0
-                joined = joined & more if conjunction else joined | more
-            return np.asarray(joined, np.float64)
+    def _truth(self, node: ast.expr) -> _Test:
+        """Compile a node to what is true of each row, without the way over 1 and 0."""
+        match node:
+            case ast.BoolOp(op=op, values=values):
+                return _joined(isinstance(op, ast.And), [self._truth(value) for value in values])
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                inner = self._truth(operand)
+                return lambda columns: ~inner(columns)
+            case ast.Compare():
+                return self._compare(node)
+            case _:
+                step = self.step(node)
+                return lambda columns: step(columns) != 0
 
-        return run
-
-    def _compare(self, node: ast.Compare) -> _Step:
-        parts: list[_Step] = []
+    def _compare(self, node: ast.Compare) -> _Test:
+        parts: list[_Test] = []
         left = node.left
         for op, right in zip(node.ops, node.comparators, strict=True):
             if isinstance(op, ast.In | ast.NotIn):
@@ -160,24 +187,24 @@ class _Compiler:
             else:
                 raise ExpressionError(f"comparison {type(op).__name__} is not allowed")
             left = right
-        return self._logic(True, parts)
+        return parts[0] if len(parts) == 1 else _joined(True, parts)
 
-    def _pair(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> _Step:
+    def _pair(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> _Test:
         sign, compare = _COMPARISONS[type(op)]
         first, second = self.step(left), self.step(right)
         if isinstance(left, ast.Name) and isinstance(right, ast.Constant):
             shown = f"{sign} {right.value!r}"
             self.ranges[left.id] = f"{self.ranges[left.id]}, {shown}" if left.id in self.ranges else shown
-        return lambda columns: compare(first(columns), second(columns)).astype(np.float64)
+        return lambda columns: compare(first(columns), second(columns))
 
-    def _member(self, left: ast.expr, right: ast.expr, inside: bool) -> _Step:
+    def _member(self, left: ast.expr, right: ast.expr, inside: bool) -> _Test:
         if not isinstance(right, ast.Tuple | ast.List):
             raise ExpressionError("'in' needs a list of numbers")
         inner = self.step(left)
         members = np.array([float(self.step(item)({})) if self._is_number(item) else np.nan for item in right.elts])
         if np.isnan(members).any():
             raise ExpressionError("'in' needs a list of numbers")
-        return lambda columns: np.isin(inner(columns), members, invert=not inside).astype(np.float64)
+        return lambda columns: np.isin(inner(columns), members, invert=not inside)
 
     def _is_number(self, node: ast.expr) -> bool:
         is_constant = isinstance(node, ast.Constant) and isinstance(node.value, int | float)

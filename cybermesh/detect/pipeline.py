@@ -168,9 +168,15 @@ def build(
 
 def windows_for(rules: RuleSet) -> Windows:
     """Return empty windows of the scopes and lengths that a rule set and the statistics engine read."""
-    of_packets = wanted(RuleSet(tuple(rule for rule in rules.rules if not rule.names & EVENT_COUNTS)))
+    for_packets = RuleSet(tuple(rule for rule in rules.rules if not rule.names & EVENT_COUNTS))
+    of_packets = wanted(for_packets)
+    watched = {(metric.scope, WINDOW_S[metric.scope]) for metric in METRICS}  # baselines are made of all rows
+    floors = {kind: floor for kind, floor in for_packets.floors().items() if kind not in watched}
     return Windows(
-        SlidingWindows(of_packets), FlowWindows(of_packets), EventWindows(rules.wanted()), DnsWindows(rules.wanted())
+        SlidingWindows(of_packets, floors=floors),
+        FlowWindows(of_packets),
+        EventWindows(rules.wanted()),
+        DnsWindows(rules.wanted()),
     )
 
 

@@ -109,6 +109,9 @@ DERIVED = (
 )
 
 NAMES = COUNTS + DERIVED
+# Values that take as many packets as they say, at least.
+COUNTED = frozenset(name for name in COUNTS if not name.startswith(("bytes_", "payload_", "dns_")))
+COUNTED |= {"attempts", "unanswered", "half_open", "failed", "ports", "peers", "networks", "open", "protocols"}
 COLUMN = {name: index for index, name in enumerate(NAMES)}
 
 

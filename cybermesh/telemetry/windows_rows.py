@@ -22,7 +22,9 @@ KINDS: Mapping[Scope, tuple[str, ...]] = {  # the items each scope's table keeps
 _CELL = 0x80
 _PACKETS_OUT = COUNTS.index("packets_out")
 _TCP, _UDP = 6, 17
-_USUAL = (1, _TCP, _UDP, 58)
+_UNUSUAL = np.ones(256, np.bool_)
+_UNUSUAL[[1, _TCP, _UDP, 58]] = False
+_OF_TCP = ("tcp_opened", "tcp_answered", "established", "refused")
 _COMPANY_PORTS = 5  # whoever tries fewer ports is not yet like a scanner
 
 
@@ -76,19 +78,15 @@ def _big_endian(pairs: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
 
 
 def _derive(values: npt.NDArray[np.float64]) -> None:
-    def total(*names: str) -> npt.NDArray[np.float64]:
-        summed: npt.NDArray[np.float64] = values[:, [COLUMN[name] for name in names]].sum(axis=1)
-        return summed
-
-    attempts = total("tcp_opened", "udp_opened", "echo_opened", "probes")
-    answered = total("tcp_answered", "udp_answered", "echo_answered")
-    refused = total("refused")
+    opened, answered, established, refused = (values[:, COLUMN[name]] for name in _OF_TCP)
+    attempts = opened + values[:, COLUMN["udp_opened"]] + values[:, COLUMN["echo_opened"]] + values[:, COLUMN["probes"]]
+    replied = answered + values[:, COLUMN["udp_answered"]] + values[:, COLUMN["echo_answered"]]
     # An answer may be inside the window while its attempt has left it, so differences are floored.
-    unanswered = np.maximum(attempts - answered - refused, 0)
-    values[:, COLUMN["open"]] = np.maximum(total("established") - total("sessions"), 0)
+    unanswered = np.maximum(attempts - replied - refused, 0)
     values[:, COLUMN["attempts"]] = attempts
     values[:, COLUMN["unanswered"]] = unanswered
-    values[:, COLUMN["half_open"]] = np.maximum(total("tcp_answered") - total("established"), 0)
+    values[:, COLUMN["half_open"]] = np.maximum(answered - established, 0)
+    values[:, COLUMN["open"]] = np.maximum(established - values[:, COLUMN["sessions"]], 0)
     values[:, COLUMN["failed"]] = unanswered + refused
 
 
@@ -132,7 +130,7 @@ def _items(
             )
         counted = weights[:, 1] > 0
         if name == "ports":
-            unusual = exact & counted & (value_of[:, 0] == 0) & (value_of[:, 1] == 0) & ~np.isin(value_of[:, 2], _USUAL)
+            unusual = exact & counted & (value_of[:, 0] == 0) & (value_of[:, 1] == 0) & _UNUSUAL[value_of[:, 2]]
             values[:, COLUMN["protocols"]] = np.bincount(row[unusual], minlength=len(slots))
             counted &= cell | (value_of[:, 2] == _TCP) | (value_of[:, 2] == _UDP)
         if name == "nx_domains":  # a zero stands for an answer that was not NXDOMAIN

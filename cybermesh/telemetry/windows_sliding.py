@@ -34,11 +34,14 @@ LONG_EVERY = 4
 CAPACITY = 32_768  # entities per scope
 ITEMS_MAX = 131_072  # per scope
 LOG_MAX = 1_000_000  # remembered numbers per scope, about 30 bytes each
-_PACKETS_OUT, _SYN, _UNASKED = (COUNTS.index(name) for name in ("packets_out", "syn", "unasked"))
+_PACKETS_OUT, _PACKETS_IN, _SYN, _UNASKED = (COUNTS.index(name) for name in ("packets_out", "packets_in", "syn", "unasked"))
 
 
 class SlidingWindows:
-    """Windows of the scopes and lengths (seconds) that somebody wants; nothing is kept for others."""
+    """Windows of the scopes and lengths (seconds) that somebody wants; nothing is kept for others.
+
+    ``floors`` tells, per scope and length, how many packets a row must have for anybody to look at it; others are not told.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,9 @@ class SlidingWindows:
         capacity: int = CAPACITY,
         items_max: int = ITEMS_MAX,
         log_max: int = LOG_MAX,
+        floors: Mapping[tuple[Scope, int], int] | None = None,
     ) -> None:
+        self._floors = floors if floors is not None else {}
         self._timeline = Timeline()
         self._chunk = max(1, min(CHUNK, capacity // 4))
         self._connections = Connections(capacity=4 * capacity)
@@ -130,12 +135,19 @@ class SlidingWindows:
 
     def _emit(self, slots: Mapping[Scope, npt.NDArray[np.int64]], least_s: float, below_s: float) -> list[WindowBatch]:
         """Return the rows of these slots for windows of ``least_s`` seconds and more, but less than ``below_s``."""
-        return [
-            window_rows(table, scope, window, slots[scope], self._newest_us)
-            for scope, table in self._tables.items()
-            for window, window_s in enumerate(table.windows_s)
-            if len(slots[scope]) and least_s <= window_s < below_s
-        ]
+        found = []
+        for scope, table in self._tables.items():
+            for window, window_s in enumerate(table.windows_s):
+                if not least_s <= window_s < below_s:
+                    continue
+                told = slots[scope]
+                floor = self._floors.get((scope, window_s), 0)
+                if floor > 1:
+                    totals = table.totals[window]
+                    told = told[totals[told, _PACKETS_OUT] + totals[told, _PACKETS_IN] >= floor]
+                if len(told):
+                    found.append(window_rows(table, scope, window, told, self._newest_us))
+        return found
 
     def _work(self) -> None:
         """Follow the waiting packets and add what they did to every table."""

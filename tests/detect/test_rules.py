@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cybermesh.detect.engines.rule_file import Rule, RuleError, example_columns, failures, load, parse, shipped_paths
 from cybermesh.detect.expressions import ExpressionError, compile_expression
+from cybermesh.telemetry.windows import Scope
 
 RULES = load(shipped_paths()).rules
 GOOD = b"""- id: a-rule
@@ -185,3 +186,33 @@ def test_any_text_compiles_or_is_refused(text: str) -> None:
         values = expression({"a": np.array([1.0, 2.0]), "b": np.array([0.0, 1.0])})
         assert np.broadcast_to(values, 2).dtype == np.float64
         assert expression.names <= NAMES
+
+
+@pytest.mark.parametrize(
+    ("text", "floors"),
+    [
+        ("a >= 5 and b > 2", {"a": 5, "b": 2}),
+        ("a >= 5 and a >= 7 and b < 3", {"a": 7}),
+        ("a >= 5 or b >= 2", {}),
+        ("not a >= 5", {}),
+        ("(a >= 5 and b >= 1) and (a >= 9 or b >= 4)", {"a": 5, "b": 1}),
+        ("a >= b", {}),
+        ("1 < a", {}),
+    ],
+)
+def test_an_expression_tells_what_it_cannot_be_true_without(text: str, floors: dict[str, float]) -> None:
+    assert compile_expression(text, NAMES, {}).floors == floors
+
+
+def test_no_example_that_fires_is_below_its_rules_floor() -> None:
+    for rule in RULES:
+        for test in rule.tests:
+            if test.fires:
+                assert all(test.values.get(name, 0) >= least for name, least in rule.condition.floors.items()), rule.id
+
+
+def test_rows_that_fire_nothing_are_not_looked_at() -> None:
+    floors = load(shipped_paths()).floors()
+    assert floors[Scope.PAIR, 10] >= 50
+    assert floors[Scope.PAIR, 60] >= 5
+    assert floors[Scope.SOURCE, 60] <= 1  # one request with an exploit is enough

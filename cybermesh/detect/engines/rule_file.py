@@ -27,8 +27,10 @@ imap rdp vnc``. Unknown keys are errors; YAML anchors are refused (they can make
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import string
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,7 @@ import yaml
 
 from cybermesh.detect.engines import TYPES
 from cybermesh.detect.expressions import Column, Expression, ExpressionError, compile_expression
-from cybermesh.telemetry.windows import NAMES, Scope, Service
+from cybermesh.telemetry.windows import COUNTED, NAMES, Scope, Service
 
 FLOWS = "flows"
 WINDOW_S_MAX = 3600
@@ -123,6 +125,16 @@ class RuleSet:
     def digest(self) -> str:
         """Content digest, hex: the same rules give the same digest whatever their files, comments and order."""
         return hashlib.sha256(b"cybermesh.rules/1\0" + b"\n".join(rule.source for rule in self.rules)).hexdigest()
+
+    def floors(self) -> dict[tuple[Scope, int], int]:
+        """Packets, per scope and window length (s), below which a row of packet windows fires no rule."""
+        floors: dict[tuple[Scope, int], int] = {}
+        for rule in self.rules:
+            if rule.over != FLOWS:
+                kind = Scope(rule.over), rule.window_s
+                needed = [least for name, least in rule.condition.floors.items() if name in COUNTED]
+                floors[kind] = min(floors.get(kind, sys.maxsize), math.ceil(max(needed, default=0)))
+        return floors
 
     def wanted(self) -> dict[Scope, tuple[int, ...]]:
         """The window lengths (s) that the rules need, per scope."""

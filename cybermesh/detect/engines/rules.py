@@ -7,7 +7,7 @@ values it fired on, so a finding can be checked without the traffic.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +32,12 @@ class RuleEngine:
         self.abstained = 0  # rule evaluations left out for want of a value
         self.unlisted = 0  # findings beyond ``FINDINGS_PER_RULE_MAX``
         self._flow_names = flow_names
+        self._applicable: dict[tuple[str, bytes], tuple[list[Rule], int]] = {}  # by kind of window and by what is known in it
 
     def replace(self, rules: RuleSet) -> None:
         """Go on with another rule set."""
         self.rules = rules
+        self._applicable = {}
 
     @property
     def name(self) -> str:
@@ -47,41 +49,38 @@ class RuleEngine:
         rules = [rule for rule in self.rules.rules if rule.over == FLOWS]
         if not rules or len(flows) == 0:
             return []
-        known = dict(zip(self._flow_names, flows.known.tolist(), strict=True))
+        rules, abstaining = _applicable(rules, dict(zip(self._flow_names, flows.known.tolist(), strict=True)))
+        self.abstained += abstaining
         columns = {name: flows.features[:, index] for index, name in enumerate(self._flow_names)}
         columns |= {"port": flows.dport.astype(np.float64), "protocol": flows.proto.astype(np.float64)}
         columns["service"] = np.zeros(len(flows))
         found: list[Finding] = []
         for rule in rules:
-            for row, values in self._fired(rule, columns, known, len(flows)):
+            for row, values in self._fired(rule, columns, len(flows)):
                 found.append(_flow_finding(rule, flows, row, values))
         return found
 
     def score_windows(self, windows: WindowBatch) -> list[Finding]:
         """Return the findings of the rules over this scope and window length."""
-        rules = [rule for rule in self.rules.rules if rule.over == windows.scope and rule.window_s == windows.window_s]
-        if not rules or len(windows) == 0:
+        if len(windows) == 0:
             return []
-        known = dict(zip(NAMES, windows.known.tolist(), strict=True))
-        columns = {name: windows.values[:, index] for name, index in COLUMN.items()}
-        for name in KEY_NAMES:
-            columns[name] = getattr(windows, name).astype(np.float64)
+        kind = f"{windows.scope} {windows.window_s}", windows.known.tobytes()
+        if kind not in self._applicable:
+            of_kind = [rule for rule in self.rules.rules if rule.over == windows.scope and rule.window_s == windows.window_s]
+            self._applicable[kind] = _applicable(of_kind, dict(zip(NAMES, windows.known.tolist(), strict=True)))
+        rules, abstaining = self._applicable[kind]
+        self.abstained += abstaining
+        columns = _WindowColumns(windows)
         found: list[Finding] = []
         for rule in rules:
-            for row, values in self._fired(rule, columns, known, len(windows)):
+            for row, values in self._fired(rule, columns, len(windows)):
                 found.append(_window_finding(rule, windows, row, values))
         return found
 
-    def _fired(
-        self, rule: Rule, columns: Mapping[str, Column], known: Mapping[str, bool], n: int
-    ) -> list[tuple[int, dict[str, float]]]:
+    def _fired(self, rule: Rule, columns: Mapping[str, Column], n: int) -> list[tuple[int, dict[str, float]]]:
         """Return the rows a rule fires on, the strongest first if there are too many, with the values it read."""
-        if rule.unless_known and all(known.get(name, True) for name in rule.unless_known):
-            return []
-        if not all(known.get(name, True) for name in rule.condition.names):
-            self.abstained += 1
-            return []
-        rows = np.nonzero(np.broadcast_to(rule.condition(columns), n))[0]
+        fires = rule.condition(columns)
+        rows = np.nonzero(fires if fires.ndim else np.broadcast_to(fires, n))[0]
         if len(rows) == 0:
             return []
         picked = {name: columns[name][rows] for name in rule.names}
@@ -93,6 +92,27 @@ class RuleEngine:
             self.unlisted += len(rows) - FINDINGS_PER_RULE_MAX
             order = np.argsort(-picked["count"], kind="stable")[:FINDINGS_PER_RULE_MAX]
         return [(int(rows[i]), {name: float(column[i]) for name, column in picked.items()}) for i in order.tolist()]
+
+
+def _applicable(rules: Sequence[Rule], known: Mapping[str, bool]) -> tuple[list[Rule], int]:
+    """Return the rules that can be evaluated where ``known`` tells what is known, and how many of the others abstain."""
+    meant = [rule for rule in rules if not rule.unless_known or not all(known.get(name, True) for name in rule.unless_known)]
+    able = [rule for rule in meant if all(known.get(name, True) for name in rule.condition.names)]
+    return able, len(meant) - len(able)
+
+
+class _WindowColumns(dict[str, Column]):
+    """The columns of a batch by name, made when a rule asks for them."""
+
+    def __init__(self, windows: WindowBatch) -> None:
+        super().__init__()
+        self._windows = windows
+
+    def __missing__(self, name: str) -> Column:
+        of_key = name in KEY_NAMES
+        column = getattr(self._windows, name).astype(np.float64) if of_key else self._windows.values[:, COLUMN[name]]
+        self[name] = column
+        return column
 
 
 def address_text(packed: npt.NDArray[np.uint8]) -> str:
