@@ -16,6 +16,7 @@ from cybermesh.detect.pipeline import build, latest
 from cybermesh.telemetry.event_rows import EventRow, event_batch, packed
 from cybermesh.telemetry.events import EventKind, Outcome
 from cybermesh.telemetry.sources.choose import open_source
+from cybermesh.telemetry.sources.merged import merged
 from cybermesh.telemetry.windows import COLUMN, EVENT_COUNTS, Scope, Service
 from cybermesh.telemetry.windows_reports import EventWindows
 
@@ -132,6 +133,19 @@ def test_an_ssh_guesser_in_zeeks_log_is_reported_and_a_web_user_is_not(tmp_path:
     assert [(alert.type, alert.entity, alert.port) for alert in found] == [("brute_force", "203.0.113.66", 22)]
     rules = RuleSet(tuple(rule for rule in RULES.rules if rule.id != "brute-ssh-records"))
     assert detected(tmp_path / "conn.log", "zeek", rules=rules) == []
+
+
+def test_a_web_scan_is_found_in_flows_in_a_log_and_once_in_both(tmp_path: Path) -> None:
+    began = START.timestamp() - 1_700_000_000
+    tiny = {"conn_state": "SF", "duration": 0.01, "orig_pkts": 6, "resp_pkts": 5, "orig_bytes": 150, "resp_bytes": 310}
+    flows = conn(tmp_path / "conn.log", *(flow(began + n / 10, 80, **tiny) | {"id.orig_p": 20_000 + n} for n in range(300)))
+    lines = log(tmp_path / "access.log", access("203.0.113.66", 300, 404))
+    for inputs in ([f"zeek:{flows}"], [f"logs:{lines}"], [f"zeek:{flows}", f"logs:{lines}"]):
+        pipeline, failed = build(RULES), list[str]()
+        with contextlib.ExitStack() as stack:
+            sources = [stack.enter_context(contextlib.closing(open_source(spec))) for spec in inputs]
+            found = [each for batch in merged(sources, failed) for each in pipeline.feed(batch)] + pipeline.finish()
+        assert [(each.type, each.entity) for each in latest(found)] == [("web_attack", "203.0.113.66")], inputs
 
 
 def test_windows_of_events_keep_hosts_apart_and_know_nothing_of_packets() -> None:
