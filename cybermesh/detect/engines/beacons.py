@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 
 from cybermesh.detect.engines import Finding
 from cybermesh.detect.engines.rules import address_text
@@ -97,7 +98,7 @@ class Beacons:
             return []
         answered = flows.features[:, needed[0]] > 0
         of_kind = ((flows.proto == _TCP) | (flows.proto == _UDP)) & ~np.isin(flows.dport, _LEFT_OUT)
-        chosen = np.nonzero(answered & of_kind)[0]
+        chosen = _abroad(flows, np.nonzero(answered & of_kind)[0])
         found: list[Finding] = []
         for row in chosen[np.argsort(flows.start_us[chosen], kind="stable")].tolist():
             key = (
@@ -125,13 +126,18 @@ class Beacons:
         return calls
 
 
+def _abroad(flows: FlowBatch, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """Return those of ``rows`` whose destination is outside; each destination of a batch is looked at once."""
+    called = flows.dst[rows].view("V16").ravel().tolist()
+    outside = {raw for raw in set(called) if _is_outside(address_text(np.frombuffer(raw, dtype=np.uint8)))}
+    return rows[np.array([raw in outside for raw in called], dtype=np.bool_)]
+
+
 def _judged(flows: FlowBatch, row: int, calls: _Calls) -> Finding | None:
     told = rhythm(calls.starts_us, calls.sizes)
     if told is None or told.regular < REGULAR_SHARE or told.same_size < REGULAR_SHARE:
         return None
     source, victim = address_text(flows.src[row]), address_text(flows.dst[row])
-    if not _is_outside(victim):
-        return None
     count = len(calls.starts_us)
     return Finding(
         engine="statistics",
