@@ -67,6 +67,10 @@ class BlockTree(Generic[S]):
         node = self._nodes.get(block_hash)
         return None if node is None else _position(node)
 
+    def node(self, block_hash: BlockHash) -> Node[S] | None:
+        """Return a block above the root."""
+        return self._nodes.get(block_hash)
+
     def insert(self, node: Node[S]) -> None:
         """Add an executed block whose parent is here."""
         header = node.block.header

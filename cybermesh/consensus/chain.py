@@ -68,8 +68,15 @@ class Chain(Generic[S]):
         """Return what there is to wait for on the branch of the round's proposal, or else of a certified block."""
         return self._horizon.look(None if proposal is None else proposal.hash, certified)
 
-    def choose(self, parent: Position[S], context: BlockContext, outlook: Outlook) -> tuple[bytes, ...]:
+    def leave(self, proposal: Block | None, high_qc: QuorumCert, now: Now) -> None:
+        """Note that a round ended with this proposal: what failed in it too often is set aside."""
+        if proposal is not None and proposal.header.author == self._parts.index and high_qc.block_hash != proposal.hash:
+            node = self.tree.node(proposal.hash)
+            self._parts.mempool.abandoned(() if node is None else node.digests, now.mono_ms)
+
+    def choose(self, parent: Position[S], context: BlockContext, outlook: Outlook, now: Now) -> tuple[bytes, ...]:
         """Return the transactions to propose."""
+        self._parts.mempool.take_back(now.mono_ms)
         return choose(self._parts.application, self._parts.mempool, parent, context, outlook.digests)
 
     def oldest_worthy(self, parent: Position[S], context: BlockContext, outlook: Outlook) -> PendingTransaction | None:

@@ -5,6 +5,8 @@ Rules of this file:
   fit is refused, never swapped for another one: the caller stops consuming until there is room (back-pressure, not loss).
 * Candidates come by descending priority, and within a priority one from each producer in turn, each producer's oldest first.
 * A transaction stays until it is committed or refused by the application, so an abandoned block loses nothing.
+* One that was in three blocks of this node which the others did not certify is set aside for ten minutes: something about it
+  may be what they refuse. It can still be in blocks of others.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 from typing import Final
 
 BYTES_MAX: Final = 64 * 1024 * 1024
+FAILURES_MAX: Final = 3
+ASIDE_MS: Final = 600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Mempool:
         self._by_digest: dict[bytes, PendingTransaction] = {}
         self._levels: dict[int, dict[bytes, dict[bytes, PendingTransaction]]] = {}
         self._producer_bytes: dict[bytes, int] = {}
+        self._failures: dict[bytes, int] = {}
+        self._aside: dict[bytes, int] = {}
         self.size_bytes = 0
         self.version = 0
 
@@ -80,7 +86,30 @@ class Mempool:
             if transaction is not None:
                 self._forget(transaction)
 
+    def abandoned(self, digests: Iterable[bytes], now_ms: int) -> None:
+        """Note that a block of this node with these transactions was given up; ``now_ms`` is of a clock that never jumps."""
+        for digest in digests:
+            if digest in self._by_digest:
+                failures = self._failures[digest] = self._failures.get(digest, 0) + 1
+                if failures == FAILURES_MAX:
+                    del self._failures[digest]
+                    self._aside[digest] = now_ms + ASIDE_MS
+                    self.version += 1
+
+    def take_back(self, now_ms: int) -> None:
+        """Offer again what was set aside long enough."""
+        while self._aside and (first := next(iter(self._aside.items())))[1] <= now_ms:
+            del self._aside[first[0]]
+            self.version += 1
+
+    @property
+    def aside(self) -> int:
+        """How many transactions are set aside."""
+        return len(self._aside)
+
     def _forget(self, transaction: PendingTransaction) -> None:
+        self._failures.pop(transaction.digest, None)
+        self._aside.pop(transaction.digest, None)
         level = self._levels[transaction.priority]
         queue = level[transaction.producer]
         del queue[transaction.digest]
@@ -101,7 +130,7 @@ class Mempool:
         chosen: list[PendingTransaction] = []
         size = 0
         for transaction in self._in_order():
-            if transaction.digest in exclude:
+            if transaction.digest in exclude or transaction.digest in self._aside:
                 continue
             size += len(transaction.data)
             if chosen and (size > bytes_max or len(chosen) >= count_max):
@@ -122,8 +151,8 @@ class Mempool:
                 turns = still
 
     def oldest(self, exclude: Container[bytes]) -> PendingTransaction | None:
-        """Return the transaction that has waited longest, passing over the digests in ``exclude``."""
+        """Return the transaction that has waited longest, passing over the digests in ``exclude`` and what is set aside."""
         for digest, transaction in self._by_digest.items():
-            if digest not in exclude:
+            if digest not in exclude and digest not in self._aside:
                 return transaction
         return None

@@ -358,6 +358,7 @@ class Replica(Generic[S]):
     def _enter(self, round_: Round) -> None:
         if round_ <= self.round:
             return
+        self._chain.leave(self._collector.proposal, self._high_qc, self._now)
         self._pacemaker.enter(round_)  # R1
         self._own.extend(self._collector.enter(round_))
         self._is_judged = self._is_urged = False
@@ -441,7 +442,7 @@ class Replica(Generic[S]):
         if parent is None:
             return
         context = self._chain.context(parent, self._now)
-        payload = self._chain.choose(parent, context, self._outlook())
+        payload = self._chain.choose(parent, context, self._outlook(), self._now)
         if not payload and not self._has_reason_for_empty(context.time_ms):
             return
         qc = self._high_qc

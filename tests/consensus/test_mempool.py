@@ -103,3 +103,27 @@ class MempoolMachine(RuleBasedStateMachine):
 
 MempoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestMempool = MempoolMachine.TestCase
+
+
+def test_what_failed_in_three_own_blocks_is_set_aside_for_ten_minutes():
+    mempool = Mempool()
+    poison, harmless = tx("a", "poison"), tx("a", "harmless")
+    mempool.add(poison)
+    mempool.add(harmless)
+    mempool.abandoned([poison.digest, harmless.digest], 0)
+    mempool.abandoned([poison.digest, tx("a", "unknown").digest], 0)
+    assert names(mempool) == ["a/poison", "a/harmless"]
+    mempool.abandoned([poison.digest], 1_000)
+    assert names(mempool) == ["a/harmless"]
+    assert mempool.oldest(()) == harmless
+    assert poison.digest in mempool, "others may still propose it"
+    mempool.take_back(1_000 + 599_999)
+    assert mempool.aside == 1
+    version = mempool.version
+    mempool.take_back(1_000 + 600_000)
+    assert names(mempool) == ["a/poison", "a/harmless"]
+    assert mempool.version > version
+    mempool.abandoned([poison.digest] * 3, 700_000)
+    mempool.remove([poison.digest])
+    assert (mempool.aside, mempool.add(poison)) == (0, Admission.ADDED)
+    assert names(mempool) == ["a/harmless", "a/poison"], "a transaction that comes again begins anew"

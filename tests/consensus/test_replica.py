@@ -551,3 +551,19 @@ def test_small_committees_commit_on_their_own(make_bench, make_talk, n):
         assert first.payload == (b"alone",)
     else:
         assert bench.committee.quorum == n
+
+
+def test_a_leader_stops_proposing_what_nobody_certifies(bench, talk):
+    transcript = talk(0)
+    transcript.start()
+    transcript.submit(b"poison")
+    proposed = []
+    for round_ in bench.rounds_led_by(0, above=2)[:4]:
+        effects = transcript.hear(bench.sync(last_tc=bench.tc(round_ - 1)))
+        proposed += [block.payload for block in broadcasts(effects, Block)]
+        transcript.hear(bench.sync(last_tc=bench.tc(round_)))
+    assert proposed == [(b"poison",)] * 3
+    transcript.submit(b"harmless")
+    round_ = bench.rounds_led_by(0, above=2)[4]
+    effects = transcript.hear(bench.sync(last_tc=bench.tc(round_ - 1)))
+    assert [block.payload for block in broadcasts(effects, Block)] == [(b"harmless",)]
