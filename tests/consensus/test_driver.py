@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cybermesh.consensus.certificates import timeout_bytes
 from cybermesh.consensus.codec import encode_message
 from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.driver import Driver, HaltedError, Shell
@@ -23,7 +24,7 @@ from cybermesh.consensus.parts import Parts, Root
 from cybermesh.consensus.simulator.application import LogApplication, LogState
 from cybermesh.consensus.transport import Kind
 from cybermesh.consensus.transport.memory import MemoryNetwork
-from cybermesh.consensus.types import Block, Evidence, Forward, GetBlocks, Height, QuorumCert, Round
+from cybermesh.consensus.types import Block, Evidence, Forward, GetBlocks, Height, QuorumCert, Round, Timeout, Vote
 from cybermesh.keys import SigningKey, verify
 
 pytestmark = pytest.mark.looptime
@@ -472,3 +473,33 @@ async def test_a_peer_that_urges_without_end_gets_few_blocks_for_it(cluster: Clu
                 for peer in range(3):
                     culprit.send(peer, Kind.FORWARD, encode_message(Forward(1, Round(round_), b"")))
             assert cluster.drivers[0].status.height - before < 120
+
+
+async def test_a_flood_of_stale_rounds_is_bounded_and_harms_nobody(cluster: Cluster):
+    """A member repeats what it once said about round 1, a hundred times a millisecond, and the others go on."""
+    key = cluster.keys[cluster.committee.public_keys[3]]
+    genesis = cluster.committee.genesis_cert()
+    signature = key.sign(timeout_bytes(cluster.committee, Round(1), Round(0)))
+    stale = encode_message(Timeout(1, Round(1), genesis, None, 3, signature))
+    old_vote = encode_message(Vote(1, Round(1), genesis.block_hash, Round(0), genesis.block_hash, 3, bytes(64)))
+    async with cluster.running(0, 1, 2):
+        await settle()
+        for number in range(5):
+            cluster.submit(b"before %d" % number, 0)
+            await cluster.until_committed(b"before %d" % number, 0, 1, 2, limit_s=3)
+        with cluster.network.endpoint(3) as culprit:
+            before = cluster.drivers[0].counters.sent["sync"]
+            for number in range(50):
+                for _ in range(100):
+                    for peer in range(3):
+                        culprit.send(peer, Kind.TIMEOUT, stale)
+                        culprit.send(peer, Kind.VOTE, old_vote)
+                cluster.submit(b"during %d" % number, 0)
+                await cluster.until_committed(b"during %d" % number, 0, 1, 2, limit_s=3)
+            elapsed_ms = 1000 * asyncio.get_running_loop().time()
+            assert cluster.drivers[0].counters.sent["sync"] - before <= elapsed_ms / 50 + 2, "an answer now and then"
+            replica = cluster.drivers[0]._replica
+            assert replica is not None
+            assert replica.held < 40
+    cluster.assert_agreement()
+    assert cluster.evidence == []
