@@ -41,6 +41,7 @@ COMMANDS = {
     "evaluate": Command("evaluate", "evaluate", "Measure a classifier on labelled flows."),
     "policy": Command("policy", "policy", "List decisions, and prove them."),
     "ledger": Command("ledger", "app", "Look at, audit, back up and prune the stored chain."),
+    "operator": Command("operator", "app", "Approve, revoke, allow, change keys: signed orders."),
     "verify": Command("verify", "verify", "Check a decision proof offline."),
     "enforce": Command("enforce", "enforce", "Look at and steer this host's firewall rules."),
     "dlq": Command("dlq", "dlq", "List, show and replay messages that validators refused."),
