@@ -176,7 +176,7 @@ def test_expiry_renewal_escalation_and_revocation_hold_with_the_agent_killed(fir
     limit = {"rate_limit": {"window_s": 600, "max_actions": 1}}
     lab = firewall.place
     with Agent(lab.names.host, tmp_path, firewall.backend) as agent:
-        agent.send("ends", 1, {**neighbour}, ttl_s=3)
+        agent.send("ends", 1, neighbour, ttl_s=4)
         agent.send("renewed", 2, bad, ttl_s=2)
         agent.send("renewed", 3, bad, ttl_s=60, action="update")
         agent.send("escalated", 4, far, ttl_s=2, kind="rate_limit", **limit)
@@ -189,7 +189,7 @@ def test_expiry_renewal_escalation_and_revocation_hold_with_the_agent_killed(fir
         assert lab.udp(way, "attacker", version=6) == 0
         assert lab.udp(way, "neighbour") == 0
         assert lab.udp_back(way, "bystander") == 1
-    assert eventually(lambda: lab.udp("to the host", "neighbour") == 1, within_s=8)
+    assert eventually(lambda: lab.udp("to the host", "neighbour") == 1, within_s=12)
     for way in WAYS:
         assert lab.udp(way, "neighbour") == 1
         assert lab.udp(way, "attacker") == 0
