@@ -23,7 +23,7 @@ OTHER_EVENT = "record of another type"
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
-_FIRST_LINES = 16
+_FIRST_LINES, _FIRST_BYTES = 16, 1024
 _ICMP = frozenset({PROTOCOLS["icmp"], PROTOCOLS["icmp6"]})
 
 Record = Mapping[str, object]
@@ -40,7 +40,10 @@ class EveDecoder:
         """
         del modified_s
         records = map(_object, beginning.split(b"\n", _FIRST_LINES)[:_FIRST_LINES])
-        if not any(record is not None and isinstance(record.get("event_type"), str) for record in records):
+        cut = (
+            beginning.startswith(b'{"timestamp":"') and b'"event_type":"' in beginning[:_FIRST_BYTES]
+        )  # a record of statistics
+        if not cut and not any(record is not None and isinstance(record.get("event_type"), str) for record in records):
             raise SourceError(f"{name}: is not Suricata's eve.json; give a file with one JSON object on each line")
 
     def decode(self, lines: Sequence[bytes], counters: Counters) -> list[Batch]:

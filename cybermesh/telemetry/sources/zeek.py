@@ -1,7 +1,8 @@
 """Zeek's conn and dns logs, as tab separated values or JSON: flows, and DNS questions with their answers.
 
 A connection's packets, payload bytes and duration are known, nothing else of the 79 features. Zeek leaves duration and bytes
-out of a connection with a single packet, where they are zero; elsewhere what is unset is unknown, and masked.
+out of a connection with a single packet: it lasted no time, and its payload follows from its length with the IP header (without
+options; a lone TCP segment is taken for one without payload). Elsewhere what is unset is unknown, and masked.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "icmp6": 58, "ipv6-icmp": 58, "sctp
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
 _NEEDED = frozenset({"ts", "id.orig_h", "id.orig_p", "id.resp_h", "id.resp_p", "proto"})
-_KINDS = {"conn": frozenset({"conn_state"}), "dns": frozenset({"query"})}
+_KINDS = {"conn": frozenset({"conn_state", "missed_bytes"}), "dns": frozenset({"query", "rejected"})}  # only they have these
+_FIRST_LINES = 16
+_HEADERS = {4: 20 + 8, 6: 40 + 8}  # bytes of IP and of UDP or ICMP
 _PORTS = 1 << 16
+_MAPPED = bytes(10) + b"\xff\xff"  # how packed IPv4 addresses begin
 _RCODES = 1 << 12  # with the bits of EDNS (RFC 6891)
 
 Record = Mapping[str, object]
@@ -43,6 +47,7 @@ class ZeekDecoder:
         self._unset = {b"-", b"(empty)"}
         self._fields: list[str] = []
         self._path = ""
+        self._kind = ""
 
     def begin(self, name: str, beginning: bytes, modified_s: float | None) -> None:
         """Recognise the format by its first lines.
@@ -52,16 +57,15 @@ class ZeekDecoder:
         """
         del modified_s
         self._separator, self._fields, self._path = b"\t", [], ""
-        first = beginning.partition(b"\n")[0]
         for line in beginning.split(b"\n"):
             if not line.startswith(b"#"):
                 break
             self._directive(line.rstrip(b"\r"))
-        record = _object(first)
-        kind = self._path if record is None else _kind(record)
-        if kind not in _KINDS or (record is None and not set(self._fields) >= _NEEDED):
+        kind = self._path or _first_kind(beginning)
+        if kind not in _KINDS or (self._path and not set(self._fields) >= _NEEDED):
             what = f"is Zeek's {kind}.log" if kind and kind not in _KINDS else "is not a log of Zeek"
             raise SourceError(f"{name}: {what}; give its conn.log or dns.log, as TSV or JSON")
+        self._kind = kind
 
     def decode(self, lines: Sequence[bytes], counters: Counters) -> list[Batch]:
         """Return the records as batches: the flows, cut where their masks differ, then the DNS rows."""
@@ -101,7 +105,7 @@ class ZeekDecoder:
     def _read(self, line: bytes) -> tuple[Ends, Counted] | DnsRow | str:
         if line[:1] == b"{":
             record = _object(line)
-            return NOT_JSON if record is None else _record(record, _kind(record))
+            return NOT_JSON if record is None else _record(record, _kind(record) or self._kind)
         if not self._fields:
             return NOT_JSON
         cells = line.split(self._separator)
@@ -150,11 +154,18 @@ def _record(record: Record, kind: str) -> tuple[Ends, Counted] | DnsRow | str:
 
 
 def _kind(record: Record) -> str:
-    """Return which log a JSON record is of."""
+    """Return which log a JSON record is of, empty if it does not tell."""
     path = record.get("_path")
     if isinstance(path, str):
         return path
-    return next((kind for kind, keys in _KINDS.items() if keys <= record.keys()), "")
+    return next((kind for kind, keys in _KINDS.items() if not keys.isdisjoint(record)), "")
+
+
+def _first_kind(beginning: bytes) -> str:
+    """Return which log a file of JSON records is of; some of its first lines may be damaged or tell nothing."""
+    records = map(_object, beginning.split(b"\n", _FIRST_LINES)[:_FIRST_LINES])
+    kinds = [_kind(record) for record in records if record is not None]
+    return next((kind for kind in kinds if kind in _KINDS), next(filter(None, kinds), ""))
 
 
 def _conn(record: Record) -> tuple[Ends, Counted] | None:
@@ -164,8 +175,20 @@ def _conn(record: Record) -> tuple[Ends, Counted] | None:
     packets = integer(record.get("orig_pkts")), integer(record.get("resp_pkts"))
     single = None not in packets and sum(number or 0 for number in packets) <= 1
     duration = _microseconds(record.get("duration", 0.0 if single else None))
-    sizes = (integer(record.get(name, 0 if single else None)) for name in ("orig_bytes", "resp_bytes"))
+    sizes = (_payload(record, side, ends, single=single) for side in ("orig", "resp"))
     return sound(ends, Counted(start_us, duration, *packets, *sizes))
+
+
+def _payload(record: Record, side: str, ends: Ends, *, single: bool) -> int | None:
+    """Return the payload bytes of one side, None where they are not known."""
+    if f"{side}_bytes" in record or not single:
+        return integer(record.get(f"{side}_bytes"))
+    if ends.proto == PROTOCOLS["tcp"] or not integer(record.get(f"{side}_pkts")):
+        return 0
+    whole = integer(record.get(f"{side}_ip_bytes"))
+    if whole is None or ends.proto not in {PROTOCOLS["udp"], PROTOCOLS["icmp"], PROTOCOLS["icmp6"]}:
+        return None
+    return max(0, whole - _HEADERS[4 if ends.src[:12] == _MAPPED else 6])
 
 
 def _dns(record: Record) -> DnsRow | None:
@@ -200,7 +223,7 @@ def _ends(record: Record) -> Ends | None:
     if src is None or dst is None or sport is None or dport is None or not isinstance(name, str):
         return None
     proto = PROTOCOLS.get(name, 0)
-    if name == "icmp" and src[:12] != bytes(10) + b"\xff\xff":  # Zeek calls both versions icmp
+    if name == "icmp" and src[:12] != _MAPPED:  # Zeek calls both versions icmp
         proto = PROTOCOLS["icmp6"]
     if proto in {PROTOCOLS["icmp"], PROTOCOLS["icmp6"]}:
         return Ends(src, dst, 0, 0, proto, sport & 0xFF, dport & 0xFF)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,7 @@ CONN = {"ts": 1.5, "id.orig_h": "192.0.2.7", "id.orig_p": 40_000, "id.resp_h": "
 CONN |= {"conn_state": "SF", "duration": 2.0, "orig_pkts": 3, "resp_pkts": 1, "orig_bytes": 30, "resp_bytes": 10}
 
 
-def written(path: Path, *records: dict[str, object]) -> Path:
+def written(path: Path, *records: Mapping[str, object]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -190,8 +191,12 @@ def test_a_zeek_connection_is_a_flow_with_what_follows_from_its_numbers(tmp_path
 def test_a_single_packet_in_zeek_lacks_nothing_and_icmp_has_type_and_code(tmp_path: Path) -> None:
     single = {key: value for key, value in CONN.items() if key not in {"duration", "orig_bytes", "resp_bytes"}}
     ping = {**single, "proto": "icmp", "id.orig_p": 128, "id.resp_p": 0, "id.orig_h": "2001:db8::1", "id.resp_h": "2001:db8::2"}
-    path = written(tmp_path / "conn.log", {**single, "orig_pkts": 1, "resp_pkts": 0}, {**ping, "orig_pkts": 1, "resp_pkts": 0})
+    sizes = {"orig_pkts": 1, "orig_ip_bytes": 104, "resp_pkts": 0, "resp_ip_bytes": 0}
+    query = {**single, **sizes, "proto": "udp", "id.resp_p": 22}
+    path = written(tmp_path / "conn.log", {**single, **sizes}, {**ping, **sizes}, query)
     batch = flows(path)
+    assert batch.features[:, COLUMN["totlen_fwd_pkts"]].tolist() == [0, 104 - 48, 104 - 28]
+    batch = batch.take(np.arange(2))
     assert batch.known[COLUMN["flow_duration"]]
     assert batch.single_packet.all()
     assert (batch.proto.tolist(), batch.icmp_type.tolist(), batch.dport.tolist()) == ([6, 58], [0, 128], [22, 0])
@@ -227,6 +232,28 @@ def test_zeek_answers_are_counted_in_both_forms_and_odd_names_are_made_safe(tmp_
     (batch,) = read(table)
     assert isinstance(batch, DnsBatch)
     assert (batch.answers.tolist(), batch.rcode.tolist(), batch.qtype.tolist()) == ([3], [NO_ANSWER], [0])
+
+
+def test_the_payload_of_a_lone_packet_is_unknown_where_zeek_does_not_tell_its_length(tmp_path: Path) -> None:
+    record = {key: value for key, value in CONN.items() if key not in {"duration", "orig_bytes", "resp_bytes"}}
+    batch = flows(written(tmp_path / "conn.log", {**record, "proto": "udp", "orig_pkts": 1, "resp_pkts": 0}))
+    assert not batch.known[COLUMN["totlen_fwd_pkts"]]
+    assert batch.known[COLUMN["totlen_bwd_pkts"]]
+    assert batch.known[COLUMN["flow_duration"]]
+
+
+def test_zeek_is_recognised_behind_a_damaged_line_and_by_what_only_its_records_have(tmp_path: Path) -> None:
+    asked = {**CONN, "proto": "udp", "query": "a.example", "rejected": False}
+    del asked["conn_state"]
+    unasked = {key: value for key, value in asked.items() if key != "query"}
+    path = written(tmp_path / "dns.log", unasked, asked)
+    assert [len(batch) for batch in read(path)] == [2]
+    bare = {key: value for key, value in CONN.items() if key != "conn_state"}
+    path = written(tmp_path / "conn.log", {**CONN, "missed_bytes": 0}, bare)
+    path.write_text('"half": 1}\n' + path.read_text())
+    with contextlib.closing(open_source(str(path))) as source:
+        assert sum(map(len, source.batches())) == 2
+        assert source.counters.skipped == {"not a JSON object": 1}
 
 
 def test_another_log_of_zeek_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -288,6 +315,15 @@ def test_suricata_dns_of_every_version_is_told_from_the_clients_side(
     assert (batch.name[0], batch.rcode[0], batch.qtype[0]) == expected
     assert (batch.client[0, 15], batch.server[0, 15], batch.port[0]) == (7, 53, 53)
     assert batch.asked[0] == (expected[1] == NO_ANSWER)
+
+
+def test_a_first_record_longer_than_what_formats_are_told_by_is_still_suricatas(tmp_path: Path) -> None:
+    path = tmp_path / "eve.json"
+    stats = {"timestamp": "2026-11-20T21:16:58.000001+0100", "event_type": "stats", "stats": {"a": "x" * 100_000}}
+    path.write_text(json.dumps(stats, separators=(",", ":")) + "\n")
+    with contextlib.closing(open_source(str(path))) as source:
+        assert list(source.batches()) == []
+        assert source.counters.skipped == {"record of another type": 1}
 
 
 def test_a_suricata_alert_is_an_event(tmp_path: Path) -> None:
