@@ -23,7 +23,8 @@ _ZONE = r"(?: ?(?P<zone>Z|[A-Z]{2,5}|[+-]\d\d:?\d\d|[+-]\d\d))?"
 _SHAPES = (
     re.compile(rf"(?P<year>\d{{4}})[-/](?P<month>\d\d)[-/](?P<day>\d\d)[T ]{_CLOCK}{_ZONE}", re.ASCII),  # ISO 8601, nginx
     re.compile(rf"(?P<month>[^\W\d]+)\.? +(?P<day>\d\d?)\.? {_CLOCK}"),  # RFC 3164
-    re.compile(rf"(?P<day>\d\d?)\.? +(?P<month>[^\W\d]+)\.? {_CLOCK}"),  # the same in locales that put the day first
+    re.compile(rf"(?P<month>\d\d?)[月월] +(?P<day>\d\d?) {_CLOCK}"),  # the same in locales that number the months
+    re.compile(rf"(?P<day>\d\d?)\.? +(?P<month>[^\W\d]+)\.? {_CLOCK}"),  # and in those that put the day first
     re.compile(rf"(?P<day>\d\d)/(?P<month>[^\W\d]+)/(?P<year>\d{{4}}):{_CLOCK}{_ZONE}"),  # common log format
     re.compile(rf"[^\W\d]+\.? (?P<month>[^\W\d]+)\.? +(?P<day>\d\d?) {_CLOCK} (?P<year>\d{{4}})"),  # asctime
 )

@@ -255,6 +255,9 @@ def _take_apart(line: bytes) -> _Envelope | None:
     if line[10:11] == b"T" and line[4:5] == b"-":
         parts = line.split(None, 2)
         return (parts[0], parts[1], *_program(parts[2])) if len(parts) == 3 else None
+    if line[10:11] == b" " and line[4:8:3] == b"--" and line[13:14] == b":":  # ISO with a blank
+        parts = line.split(None, 3)
+        return (b" ".join(parts[:2]), parts[2], *_program(parts[3])) if len(parts) == 4 else None
     parts = line.split(None, 4)
     if len(parts) < 5 or parts[2][2:3] != b":" or parts[2][5:6] != b":":
         return None

@@ -117,6 +117,13 @@ def test_every_shipped_file_has_patterns_and_every_kind_of_service_is_covered() 
         ("3. Okt 10:00:00", "2026-10-03T10:00:00.000000Z"),
         ("OTT  3 10:00:00", "2026-10-03T10:00:00.000000Z"),
         ("paź  3 10:00:00", "2026-10-03T10:00:00.000000Z"),
+        ("ноя  3 10:00:00", "2026-11-03T10:00:00.000000Z"),
+        ("říj  3 10:00:00", "2026-10-03T10:00:00.000000Z"),
+        ("11月 20 10:00:00", "2026-11-20T10:00:00.000000Z"),
+        (" 1月  2 10:00:00", "2026-01-02T10:00:00.000000Z"),
+        ("1월  2 10:00:00", "2026-01-02T10:00:00.000000Z"),
+        ("2026-11-20 21:16:58", "2026-11-20T21:16:58.000000Z"),
+        ("2026-11-20 21:16:58.123456+05:30", "2026-11-20T15:46:58.123456Z"),
         ("2026-11-20T21:16:58.123456+05:30", "2026-11-20T15:46:58.123456Z"),
         ("2026-11-20T21:16:58Z", "2026-11-20T21:16:58.000000Z"),
     ],
@@ -218,6 +225,9 @@ TEMPLATES = [
     '2026-11-20 21:16:58 UTC [77] {0}@db 203.0.113.66 FATAL:  password authentication failed for user "{0}"',
     "2026-11-20 21:16:58 8 [Warning] Access denied for user '{}'@'203.0.113.66' (using password: NO)",
     '2026/11/20 21:16:58 [error] 12#12: *3 user "{}": password mismatch, client: 203.0.113.66, server: s, request: "GET /{} HTTP/1.1"',
+    "Nov 20 21:16:58 mx dovecot: submission-login: Disconnected (auth failed, 3 attempts in 12 secs): user=<{}>, method=PLAIN, rip=203.0.113.66, lip=192.0.2.1, TLS",
+    'Nov 20 21:16:58 web nginx: 203.0.113.66 - {} [20/Nov/2026:21:16:58 +0000] "GET / HTTP/1.1" 401 1',
+    '[Fri Nov 20 21:16:58 2026] [error] [client 203.0.113.66] user {}: authentication failure for "/": Password Mismatch',
     '[Fri Nov 20 21:16:58.1 2026] [auth_basic:error] [pid 7] [client 203.0.113.66:5544] AH01617: user {}: authentication failure for "/": Password Mismatch',
 ]
 
