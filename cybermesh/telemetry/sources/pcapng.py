@@ -107,6 +107,8 @@ class PcapngReader:
                 if begin + at >= self._resume_at:
                     found.at.append(at)
             elif kind in (_SECTION, _INTERFACE):
+                if kind == _SECTION and not found.at:  # sections without packets must not fill memory
+                    self._interfaces.clear()
                 self._learn(kind, view[at : at + total])
                 found.mark(self._order, self._base, len(self._interfaces) - self._base)
             elif kind == _SIMPLE and begin + at >= self._resume_at:

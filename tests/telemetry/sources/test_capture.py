@@ -6,6 +6,7 @@ import gzip
 import io
 import struct
 import sys
+import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -113,6 +114,20 @@ def test_block_larger_than_the_buffer_is_passed_over_unless_it_is_a_packet(tmp_p
     assert times(path, buffer_bytes=SMALL_BUFFER) == [1, 2]
     path.write_bytes(head + captures.enhanced(2, bytes(3 << 20)) + captures.enhanced(3, FRAME))
     assert times(path, buffer_bytes=SMALL_BUFFER) == [1]
+
+
+def test_pcapng_sections_without_packets_do_not_fill_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.pcapng"
+    empty = captures.section() + captures.interface() * 2000
+    path.write_bytes(empty * 100 + captures.section() + captures.interface(resolution=9) + captures.enhanced(5_000, FRAME))
+    tracemalloc.start()
+    with closing(CaptureSource(str(path))) as source:
+        tracemalloc.reset_peak()
+        (batch,) = source.batches()
+        peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert batch.ts_us.tolist() == [5]
+    assert peak < 8 << 20  # the buffer is most of it; 200,000 interfaces would be 20 MB
 
 
 @pytest.mark.parametrize(
