@@ -60,14 +60,14 @@ class Frontier:
             node = node_hash(peak, node)
         return node
 
-    def peak_range(self, start: int, end: int) -> bytes | None:
-        """Return the root over entries [start, end) if it is one of the peaks."""
+    def peak_ranges(self) -> dict[tuple[int, int], bytes]:
+        """Return the peaks by the range of entries, [start, end), that each is the root of."""
+        found: dict[tuple[int, int], bytes] = {}
         position = 0
         for peak, bit in zip(self.peaks, _bits(self.size), strict=True):
-            if (position, position + bit) == (start, end):
-                return peak
+            found[position, position + bit] = peak
             position += bit
-        return None
+        return found
 
 
 class Hashes(Protocol):
@@ -105,9 +105,9 @@ class AppendedHashes:
     """
 
     def __init__(self, before: Frontier, added: Sequence[bytes]) -> None:
-        self._before = before
+        self._size = before.size
         self._added = added
-        self._known: dict[tuple[int, int], bytes] = {}
+        self._known = before.peak_ranges()
 
     def over(self, start: int, end: int) -> bytes:
         """Return the root over [start, end); ranges inside the old log are known only where they are its peaks.
@@ -115,16 +115,12 @@ class AppendedHashes:
         Raises:
             LookupError: the range lies inside the old log and is none of its peaks.
         """
-        size = self._before.size
-        if end <= size:
-            peak = self._before.peak_range(start, end)
-            if peak is None:
-                raise LookupError(f"entries {start} to {end} lie before the append")
-            return peak
-        if end - start == 1:
-            return self._added[start - size]
         known = self._known.get((start, end))
         if known is None:
+            if end <= self._size:
+                raise LookupError(f"entries {start} to {end} lie before the append")
+            if end - start == 1:
+                return self._added[start - self._size]
             middle = start + _split(end - start)
             known = self._known[start, end] = node_hash(self.over(start, middle), self.over(middle, end))
         return known

@@ -213,7 +213,7 @@ class Receipt:
     @property
     def decisions(self) -> tuple[DecisionEffect, ...]:
         """Its effects on decisions, in order of their number."""
-        return tuple(effect for effect in self.effects if isinstance(effect, DecisionEffect))
+        return tuple([effect for effect in self.effects if isinstance(effect, DecisionEffect)])
 
     @property
     def committee(self) -> CommitteeEffect | None:

@@ -90,17 +90,15 @@ class Table(Generic[K, V]):
 
     def put(self, key: K, record: V) -> None:
         """Set the record under ``key``."""
-        self._remember(key)
+        if key not in self._before:
+            self._before[key] = self._map.get(key)
         self._map[key] = record
 
     def drop(self, key: K) -> None:
         """Remove the record under ``key``, which must be there."""
-        self._remember(key)
-        del self._map[key]
-
-    def _remember(self, key: K) -> None:
         if key not in self._before:
             self._before[key] = self._map.get(key)
+        del self._map[key]
 
     def finish(self) -> immutables.Map[K, V]:
         """Return the table as it is now."""

@@ -30,9 +30,7 @@ from cybermesh.messages import (
     Evidence,
     PolicyUpdate,
     Rejected,
-    Transaction,
     TxKind,
-    tx_digest,
 )
 from cybermesh.roles.ring import control_domains
 from cybermesh.store.records import (
@@ -47,7 +45,7 @@ from cybermesh.store.records import (
     StoredTransaction,
 )
 from cybermesh.wire import codec
-from cybermesh.wire.admission import read_transaction, split_transaction
+from cybermesh.wire.admission import read_transaction
 from cybermesh.wire.control import seal
 
 COMMIT_EVENT, DECISION_EVENT, EPOCH_EVENT = "commit", "decision", "epoch"
@@ -147,7 +145,8 @@ def of_block(block: Block, applied: Applied, genesis: Genesis, moment: Moment) -
     The certificate and the outbox are not among them; they belong to the commit.
     """
     header, first_leaf = block.header, applied.log_before.size
-    transactions = [split_transaction(raw) for raw in block.payload]
+    # The ledger has named every transaction in its receipt, in the block's order: nothing is hashed again.
+    digests = [bytes.fromhex(receipt.id) for receipt in applied.receipts[: len(block.payload)]]
     frame = consensus_codec.encode_block(dataclasses.replace(block, payload=()))
     return CommittedBlock(
         block=StoredBlock(
@@ -169,18 +168,26 @@ def of_block(block: Block, applied: Applied, genesis: Genesis, moment: Moment) -
         ),
         certificate=b"",
         transactions=tuple(
-            StoredTransaction(header.height, position, tx_digest(raw), raw) for position, raw in enumerate(block.payload)
+            [
+                StoredTransaction(header.height, position, digest, raw)
+                for position, (digest, raw) in enumerate(zip(digests, block.payload, strict=True))
+            ]
         ),
         receipts=tuple(
-            stored_receipt(receipt, first_leaf + index, applied.bodies[index]) for index, receipt in enumerate(applied.receipts)
+            [
+                stored_receipt(receipt, leaf, body)
+                for leaf, (receipt, body) in enumerate(zip(applied.receipts, applied.bodies, strict=True), first_leaf)
+            ]
         ),
         decisions=tuple(
-            decision
-            for index, receipt in enumerate(applied.receipts)
-            for decision in stored_decisions(receipt, first_leaf + index, applied.rules)
+            [
+                decision
+                for leaf, receipt in enumerate(applied.receipts, first_leaf)
+                for decision in stored_decisions(receipt, leaf, applied.rules)
+            ]
         ),
-        evidence=tuple(_bodies(transactions, header, genesis)),
-        mempool_done=tuple(tx_digest(raw) for raw in block.payload),
+        evidence=tuple(_bodies(block.payload, header, genesis)),
+        mempool_done=tuple(digests),
     )
 
 
@@ -230,12 +237,12 @@ def stored_decisions(receipt: Receipt, leaf: int, rules: Mapping[int, bytes]) ->
     ]
 
 
-def _bodies(transactions: Sequence[Transaction], header: Header, genesis: Genesis) -> list[StoredEvidence]:
+def _bodies(payload: Sequence[bytes], header: Header, genesis: Genesis) -> list[StoredEvidence]:
     """Return the bodies of the evidence in a block; the ledger's state knows only their hashes."""
     found = []
-    for transaction in transactions:
-        if transaction.kind is TxKind.EVIDENCE:
-            message = read_transaction(transaction.encode(), accept_unbound_fields=genesis.wire.accept_unbound_fields)
+    for raw in payload:
+        if raw[0] == TxKind.EVIDENCE:
+            message = read_transaction(raw, accept_unbound_fields=genesis.wire.accept_unbound_fields)
             assert isinstance(message, Evidence)
             found.append(
                 StoredEvidence(message.content_hash, message.id, message.producer_id, header.height, message.proof_blob)
@@ -258,8 +265,7 @@ def events_of(block: Block, applied: Applied, evidence: Proof, genesis: Genesis)
     if not applied.receipts:
         return []
     header = block.header
-    transactions = [split_transaction(raw) for raw in block.payload]
-    commit = _commit_event(header, transactions, applied, evidence)
+    commit = _commit_event(header, block.payload, applied, evidence)
     events = [Event(COMMIT_EVENT, header.height, str(header.height).encode(), commit)]
     places = proof.Places(applied)
     for position, receipt in enumerate(applied.receipts):
@@ -282,14 +288,14 @@ def _sealed(event: Event, author: Author) -> OutboxEvent:
     return OutboxEvent(event.name, event.subject, topic_of(event, author.topics), event.key, value)
 
 
-def _commit_event(header: Header, transactions: Sequence[Transaction], applied: Applied, evidence: Proof) -> Commit:
-    kinds = Counter(transaction.kind for transaction in transactions)
+def _commit_event(header: Header, payload: Sequence[bytes], applied: Applied, evidence: Proof) -> Commit:
+    kinds = Counter([raw[0] for raw in payload])
     anomalies = [effect.id for receipt in applied.receipts for effect in receipt.effects if isinstance(effect, AnomalyEffect)]
     return Commit(
         height=header.height,
         block_hash=header.hash,
         state_root=header.state_root,
-        tx_count=len(transactions),
+        tx_count=len(payload),
         anomaly_count=kinds[TxKind.ANOMALY],
         evidence_count=kinds[TxKind.EVIDENCE],
         policy_count=kinds[TxKind.POLICY],

@@ -1,12 +1,16 @@
 """From bytes to a verified message: the intrinsic checks that decide votes, and the whole order of the wire.
 
-Everything here is a pure function of its arguments (signatures may be verified in any thread). The one memory, the table of
-nonces, belongs to the caller: ``NonceTable.check`` after ``verify_on_wire``, ``NonceTable.record`` once the message is durable.
+Everything here is a pure function of its arguments (signatures may be verified in any thread). The one memory that changes an
+answer, the table of nonces, belongs to the caller: ``NonceTable.check`` after ``verify_on_wire``, ``NonceTable.record`` once
+the message is durable. What a validator reads four times on the way from a proposal to the rows (admission, choice, limits,
+execution) is decoded once: the newest small transactions are remembered as the messages they are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
 
 from cybermesh.envelope import Code, EnvelopeError
 from cybermesh.envelope.intrinsic import bind_fields, check_content_hash, check_signature
@@ -15,6 +19,13 @@ from cybermesh.envelope.structure import check_content_size
 from cybermesh.keys import KeyRing
 from cybermesh.messages import SignedMessage, Transaction, TxKind
 from cybermesh.wire.codec import decode_signed
+
+REMEMBERED_MAX: Final = 4_096
+REMEMBERED_BYTES_MAX: Final = 4_096
+"""So many messages are remembered, none with more bytes: some 30 MB at worst, 10 MB of usual ones."""
+
+
+_KINDS: Final = {bytes((kind,)): kind for kind in TxKind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +50,19 @@ def split_transaction(payload: bytes) -> Transaction:
     Raises:
         EnvelopeError: UNKNOWN_KIND.
     """
-    try:
-        kind = TxKind(payload[0])
-    except (IndexError, ValueError):
-        raise EnvelopeError(
-            Code.UNKNOWN_KIND, "transaction", f"first byte {payload[:1].hex() or 'missing'} names no message"
-        ) from None
-    return Transaction(kind, payload[1:])
+    return Transaction(kind_of(payload), payload[1:])
+
+
+def kind_of(payload: bytes) -> TxKind:
+    """Return which message a payload of consensus holds, by its first byte.
+
+    Raises:
+        EnvelopeError: UNKNOWN_KIND.
+    """
+    kind = _KINDS.get(payload[:1])
+    if kind is None:
+        raise EnvelopeError(Code.UNKNOWN_KIND, "transaction", f"first byte {payload[:1].hex() or 'missing'} names no message")
+    return kind
 
 
 def verify_transaction(payload: bytes, *, accept_unbound_fields: bool = False) -> SignedMessage:
@@ -54,12 +71,11 @@ def verify_transaction(payload: bytes, *, accept_unbound_fields: bool = False) -
     Raises:
         EnvelopeError: the first fault found, never with a code of ``LOCAL_CODES``.
     """
-    transaction = split_transaction(payload)
-    message = decode_signed(transaction.kind, transaction.body)
+    message = _just_decoded(payload)
     check_content_size(message)
     check_content_hash(message)
     check_signature(message)
-    return bind_fields(message, accept_unbound_fields=accept_unbound_fields)
+    return read_transaction(payload, accept_unbound_fields=accept_unbound_fields)
 
 
 def read_transaction(payload: bytes, *, accept_unbound_fields: bool = False) -> SignedMessage:
@@ -68,8 +84,25 @@ def read_transaction(payload: bytes, *, accept_unbound_fields: bool = False) -> 
     Raises:
         EnvelopeError: it was not valid after all.
     """
-    transaction = split_transaction(payload)
-    return bind_fields(decode_signed(transaction.kind, transaction.body), accept_unbound_fields=accept_unbound_fields)
+    if len(payload) > REMEMBERED_BYTES_MAX:
+        return _read(payload, accept_unbound_fields)
+    return _remembered(payload, accept_unbound_fields)
+
+
+def _read(payload: bytes, accept_unbound_fields: bool) -> SignedMessage:
+    return bind_fields(_just_decoded(payload), accept_unbound_fields=accept_unbound_fields)
+
+
+@lru_cache(maxsize=REMEMBERED_MAX)
+def _remembered(payload: bytes, accept_unbound_fields: bool) -> SignedMessage:
+    """The answer never changes and the message is immutable, so so this stays pure; a fault is found anew each time."""
+    return _read(payload, accept_unbound_fields)
+
+
+@lru_cache(maxsize=16)
+def _just_decoded(payload: bytes) -> SignedMessage:
+    """Decode; between its decoding and its binding, a message is checked, and then need not be decoded again."""
+    return decode_signed(kind_of(payload), payload[1:])
 
 
 def verify_on_wire(kind: TxKind, raw: bytes, now_ms: int, ring: KeyRing, rules: AdmissionRules) -> Admitted:
