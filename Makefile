@@ -69,3 +69,4 @@ nightly: $(STAMP)
 	done
 	@$(BIN)/python -m tests.campaigns.kills --broker 20 --consumer 90 --producer 90 --seed 1
 	@$(BIN)/python -m tests.campaigns.outage --seconds 60
+	@$(BIN)/python -m tests.campaigns.bans --bans 20000 --producers 100 --per-minute 6000

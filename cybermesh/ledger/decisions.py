@@ -2,7 +2,9 @@
 
 Rules: a decision always has an end; a renewal never shortens it; the time doubles once per expired TTL, up to the maximum, and
 never on one producer's word alone; an IPv6 host whose bans keep being needed becomes its /64, unless that would touch what is
-shielded. ``rule_data`` is the policy as agents must apply it: the decision's id, the time now granted.
+shielded. That asking for more than an hour or for a prefix needs an operator is about the asking: an escalation goes on to the
+longest time and to the /64 by itself, since each step of it is agreed to anew. ``rule_data`` is the policy as agents must apply
+it: the decision's id, the time now granted.
 """
 
 from __future__ import annotations

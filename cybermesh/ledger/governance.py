@@ -4,7 +4,8 @@ Every validator answers them identically, so not even the proposer can pass a po
 
 - a target that meets a protected or an allowed network is refused, whoever asks, whatever the route;
 - without an operator a target must be what the anomaly is about: its entity, or for a rate limit also the victim it names
-  (floods with forged sources are limited at the victim's address, not blocked at the innocents');
+  (floods with forged sources are limited at the victim's address, not blocked at the innocents'), and the victim is left at
+  least 50 packets a second: a limit of next to nothing would be a block of the victim, which one hacked sensor could word;
 - (a) two sites (k, genesis) have reported the same entity and type within the window, each above the floors; for a rate limit
   at a victim the same victim and type;
 - (b) an operator approves; what reaches wide (prefixes, many targets, a long time) always needs this;
@@ -26,6 +27,9 @@ from cybermesh.ledger.records import AnomalyRecord, RequestRecord
 from cybermesh.policy import Action, Guardrails, PolicySpec
 
 MINUTE_MS: Final = 60_000
+VICTIM_RATE_MIN_PER_S: Final = 50
+"""Packets a second that a rate limit must leave a victim unless an operator agrees; no detector of ours asks for less."""
+
 _SECONDS_COUNTED: Final = 61
 
 
@@ -137,7 +141,12 @@ def is_about_victim(request: RequestRecord, spec: PolicySpec) -> bool:
 
 def is_about(entity: str, victim: str, spec: PolicySpec, spans: tuple[Span, ...]) -> bool:
     """Return whether every target is what an anomaly with this entity and victim is about."""
-    return _lies_in(spans, [entity, victim] if spec.action is Action.RATE_LIMIT else [entity])
+    return _lies_in(spans, [entity, victim] if _spares_victim(spec) else [entity])
+
+
+def _spares_victim(spec: PolicySpec) -> bool:
+    limit = spec.packet_limit()
+    return limit is not None and limit.max_actions >= VICTIM_RATE_MIN_PER_S * limit.window_s
 
 
 def _lies_in(spans: tuple[Span, ...], texts: list[str]) -> bool:

@@ -105,7 +105,9 @@ def _add(draft: Draft, message: OperatorCommand, reader: Reader) -> Verdict:
         return Verdict(Code.KILL_SWITCH)
     key = rule_key(spec)
     active = draft.decision_on(key)
-    if active is None and (spec.policy_id in draft.decisions or spec.policy_id in draft.requests):
+    held = draft.decisions.get(spec.policy_id) or draft.requests.get(spec.policy_id)
+    # Also where the rule is in force under another id: what somebody else asked for under this one must not go for it.
+    if held is not None and (active is None or held.rule_key != key):
         return Verdict(Code.POLICY_ID_TAKEN)
     request = RequestRecord(
         anomaly_id="", approvers=(), confidence_ppm=0, deadline_ms=0, entity="", evidence_id="", is_about_victim=False,

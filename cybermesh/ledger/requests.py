@@ -227,7 +227,7 @@ def carry_out(draft: Draft, request: RequestRecord, spec: PolicySpec, grant: Gra
     by_operator = grant.why is Why.APPROVED
     active = draft.decision_on(request.rule_key)
     if active is not None:
-        draft.drop_request(request.policy_id)
+        _settle(draft, request)
         effect = renew_decision(draft, active, request, spec, grant)
         wake_same_rule(draft, request.rule_key)
         if effect is None:
@@ -240,7 +240,7 @@ def carry_out(draft: Draft, request: RequestRecord, spec: PolicySpec, grant: Gra
             return Verdict(Code.OUT_OF_LIMITS, "targets_active_operators")
     elif targets > room_for_targets(draft):
         return _defer(draft, request, spec, grant)
-    draft.drop_request(request.policy_id)
+    _settle(draft, request)
     effect = open_decision(draft, request, spec, grant, by_operator=by_operator)
     wake_same_rule(draft, request.rule_key)
     return Verdict(Code.OK, "", (effect,))
@@ -298,5 +298,12 @@ def _keep(draft: Draft, request: RequestRecord, name: str, limit: int, code: Cod
 
 
 def _drop(draft: Draft, request: RequestRecord, code: Code, detail: str = "") -> Verdict:
-    draft.drop_request(request.policy_id)
+    _settle(draft, request)
     return Verdict(code, detail)
+
+
+def _settle(draft: Draft, request: RequestRecord) -> None:
+    """Take a request out of what is kept, if it is there; one of somebody else with its id stays and gets its own receipt."""
+    kept = draft.requests.get(request.policy_id)
+    if kept is not None and kept.producer == request.producer:
+        draft.drop_request(request.policy_id)

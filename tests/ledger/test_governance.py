@@ -170,6 +170,19 @@ def test_a_victim_can_be_limited_but_never_blocked_by_detectors() -> None:
     assert not decisions(receipts)
 
 
+@pytest.mark.parametrize(("packets", "window_s", "code"), [(49, 1, Code.PENDING), (50, 1, Code.OK), (2_999, 60, Code.PENDING)])
+def test_a_limit_that_leaves_a_victim_next_to_nothing_is_for_an_operator(packets: int, window_s: int, code: Code) -> None:
+    world = World()
+    for who, victim in (("solo", "192.0.2.81"), ("north-1", "192.0.2.80")):  # neither a budget nor agreement is enough
+        details, body = {"victim": victim}, rate_limit(victim, 80, packets=packets, window_s=window_s)
+        if who == "north-1":
+            world.apply(world.anomaly("south-1", "other", "flood-1", kind="ddos", details=details))
+        assert verdict(world, who, f"p-{who}", body, "flood-1", kind="ddos", details=details) is code
+    if code is Code.PENDING:
+        receipts = world.apply(world.command("alice", "approve", policy_id="p-north-1"))
+        assert ("opened", "p-north-1", "approved") in changes(receipts)
+
+
 # (b) approval
 
 
@@ -487,6 +500,23 @@ def test_a_ban_that_is_kept_alive_doubles_when_its_ttl_has_passed_not_before() -
         assert record.ttl_s == ttl_s, number
 
 
+def test_what_is_agreed_to_again_and_again_goes_past_the_hour_that_may_be_asked_for_up_to_a_day() -> None:
+    world = World()
+    seen = []
+    for number in range(9):
+        world.apply(*world.case("north-1", f"n{number}"), *world.case("south-1", f"s{number}"))
+        (record,) = world.state.decisions()
+        seen.append((record.ttl_s, record.why.value))
+        world.wait(record.ttl_s)
+    granted = [900, 1_800, 3_600, 7_200, 14_400, 28_800, 57_600, 86_400, 86_400]
+    assert seen == [(ttl_s, "corroborated") for ttl_s in granted]
+    # One site cannot take the next step alone, and nobody may ask for so much at once.
+    assert codes(world.after(61).apply(*world.case("north-1", "n9")))[2] is Code.PENDING
+    asked = policy("203.0.113.8", ttl=7_200)
+    world.apply(world.anomaly("south-1", "o", "203.0.113.8"))
+    assert verdict(world, "north-1", "wide", asked, "203.0.113.8") is Code.PENDING
+
+
 def test_one_sensor_alone_never_escalates() -> None:
     world = World()
     for number in range(3):
@@ -541,6 +571,30 @@ def test_an_id_taken_by_another_producer_does_not_stop_a_policy() -> None:
     assert effect.policy_id == f"p1~{key('solo').public[:8].hex()}"
     assert effect.request_id == "p1"
     assert verdict(world, "solo", "p1", policy("203.0.113.60"), "203.0.113.60") is Code.POLICY_ID_TAKEN
+
+
+def test_an_operators_policy_under_a_pending_ones_id_takes_nothing_from_anybody() -> None:
+    world = World()
+    world.apply(world.command("alice", "add", policy=policy(ATTACKER) | {"policy_id": "own"}))
+    world.apply(*world.case("north-1", "p1", entity="203.0.113.50"))
+    # The rule is in force already, under another id; it would be a renewal.
+    again = world.command("alice", "add", policy=policy(ATTACKER, ttl=1_800) | {"policy_id": "p1"})
+    assert codes(world.after(1).apply(again)) == [Code.POLICY_ID_TAKEN]
+    assert [request.policy_id for request in world.state.requests()] == ["p1"]
+    receipts = world.apply(world.anomaly("south-1", "o", "203.0.113.50"))
+    assert changes(receipts) == [("opened", "p1", "corroborated")]
+
+
+def test_who_comes_second_with_an_id_is_treated_under_one_of_its_own_and_both_are_decided() -> None:
+    world = World()
+    for who, entity in (("north-1", "203.0.113.50"), ("north-2", "203.0.113.51"), ("south-1", "203.0.113.52")):
+        assert verdict(world, who, "p1", policy(entity), entity) is Code.PENDING
+    names = {key(who).public: "p1" + ("" if who == "north-1" else f"~{key(who).public[:8].hex()}")
+             for who in ("north-1", "north-2", "south-1")}  # fmt: skip
+    assert {request.producer: request.policy_id for request in world.state.requests()} == names
+    for name in names.values():
+        receipts = world.apply(world.command("alice", "approve", policy_id=name))
+        assert changes(receipts) == [("opened", name, "approved")]
 
 
 @pytest.mark.parametrize(

@@ -74,12 +74,12 @@ def policy(*ips: str, ttl: int = 900, **more: object) -> dict[str, object]:
     }
 
 
-def rate_limit(victim: str, port: int, ttl: int = 900) -> dict[str, object]:
+def rate_limit(victim: str, port: int, ttl: int = 900, *, packets: int = 100, window_s: int = 1) -> dict[str, object]:
     return {
         "rule_type": "rate_limit",
         "action": "rate_limit",
         "target": {"ips": [victim], "direction": "egress", "ports": [port], "protocols": ["tcp"]},
-        "guardrails": {"ttl_seconds": ttl, "rate_limit": {"window_s": 1, "max_actions": 100}},
+        "guardrails": {"ttl_seconds": ttl, "rate_limit": {"window_s": window_s, "max_actions": packets}},
     }
 
 
