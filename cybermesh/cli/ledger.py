@@ -121,17 +121,32 @@ def export(file: OutFile, config: FileOption = None) -> None:
 
 
 @app.command("import")
-def import_(file: InFile, config: FileOption = None) -> None:
+def import_(
+    file: InFile,
+    config: FileOption = None,
+    joins: Annotated[bool, typer.Option("--join", help="FILE is another validator's; a new one starts here.")] = False,
+) -> None:
     """Restore an export into an empty store: every block is executed and every certificate checked on the way.
 
-    The validator then catches up with the others. Its safety file is not part of a backup and stays as it is.
+    The validator then catches up with the others. Its safety file is not part of a backup and stays as it is. Of another
+    validator's export say --join: a key that operators have added, and that has not signed anything yet, gets an empty one.
     """
+    from cybermesh.config import load
+    from cybermesh.keystore import load_key
     from cybermesh.roles.backup import import_lines
+    from cybermesh.roles.joining import join
+    from cybermesh.roles.validator import safety_file_of
+
+    settings = load(config).settings
+    key_file = settings.keys.validator or settings.node.state_dir / "validator.key"
+    key = (load_key(key_file), safety_file_of(key_file)) if joins else None
 
     async def work(store: Store, genesis: Genesis) -> int:
         try:
             with file.open("rb") as source:
-                return await import_lines(store, genesis, source, _progress())
+                if key is not None:
+                    return await join(store, genesis, key, source, _progress())
+                return (await import_lines(store, genesis, source, _progress())).height
         except OSError as error:
             raise output.CommandError(f"{file}: {error.strerror}", 2) from error
 

@@ -4,7 +4,9 @@ The file is JSON lines: a head that names the chain, one line per block (frame, 
 the rows that no block decides (acks, labels, lifecycle, audit trail), and an end that counts them and hashes all before it, so
 that a copy cut short is no backup. Receipts, decisions, evidence and the outbox are not in it: importing executes every block
 again and checks each certificate, so a file that somebody changed is refused at the block where it stops being the chain.
-Safety state is never in it. Outbox rows come back unsigned and as published: others published them when they were new.
+Where the committee changes, the next one is taken from the executed block and checks what follows; so the genesis is all that a
+reader trusts, however many epochs later it joins. Safety state is never in it. Outbox rows come back unsigned and as published:
+others published them when they were new.
 """
 
 from __future__ import annotations
@@ -14,20 +16,23 @@ import hashlib
 import typing
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
 
 from cybermesh.bus.topics import Topics
 from cybermesh.consensus import codec
-from cybermesh.consensus.certificates import CertificateVerifier
+from cybermesh.consensus.certificates import CertificateVerifier, commits
 from cybermesh.consensus.committee import Committee
-from cybermesh.consensus.types import Block, BlockHash, MalformedError
+from cybermesh.consensus.types import Block, BlockHash, Header, MalformedError, QuorumCert
 from cybermesh.envelope import EnvelopeError
 from cybermesh.genesis import Genesis
 from cybermesh.keys import verify
 from cybermesh.ledger.state import Applied, InvalidBlock, LedgerBlock, State
+from cybermesh.messages import Commit, EpochChange, PolicyUpdate
+from cybermesh.proof import EpochStep
 from cybermesh.roles import records
+from cybermesh.roles.recovery import RecoveryError, proof_of
 from cybermesh.store.records import CommittedBlock, OutboxEvent, StoredBlock, StoredTransaction
 from cybermesh.store.rows import FEEDBACK, StoredCertificate
 from cybermesh.store.store import Store
@@ -36,6 +41,7 @@ from cybermesh.wire.admission import verify_transaction
 
 FORMAT: Final = "cybermesh/ledger/1"
 PAGE_BLOCKS: Final = 64
+M = TypeVar("M", bound=Commit | PolicyUpdate | EpochChange)
 _TABLES: Final = {table.name: record for record, table in FEEDBACK.items()}
 
 
@@ -45,12 +51,16 @@ class BackupError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BackupBlock:
-    """One block of a backup: as consensus encodes it, with its payload, and the certificate stored with it (may be empty)."""
+    """One block of a backup: as consensus encodes it, with its payload, and the certificate stored with it (may be empty).
+
+    ``suffix`` are the headers that lead from the last block of an epoch to the one its certificate names, if it is another.
+    """
 
     block: Block
     certificate: bytes
     committed_ms: int
     last_voted_round: int
+    suffix: tuple[Header, ...] = ()
 
 
 async def export_lines(store: Store, genesis: Genesis) -> AsyncIterator[bytes]:
@@ -67,8 +77,9 @@ async def export_lines(store: Store, genesis: Genesis) -> AsyncIterator[bytes]:
     first = _line({"format": FORMAT, "chain_id": genesis.chain_id.hex(), "blocks": 0 if head is None else head[1]})
     digest.update(first)
     yield first
+    suffixes = await _suffixes(store)
     for low in range(1, (head or (0, 0))[1] + 1, PAGE_BLOCKS):
-        async for line in _page_lines(store, low, min(low + PAGE_BLOCKS - 1, head[1] if head else 0)):
+        async for line in _page_lines(store, low, min(low + PAGE_BLOCKS - 1, head[1] if head else 0), suffixes):
             digest.update(line)
             count += 1
             yield line
@@ -82,7 +93,16 @@ async def export_lines(store: Store, genesis: Genesis) -> AsyncIterator[bytes]:
     yield _line({"lines": count, "sha256": digest.hexdigest()})
 
 
-async def _page_lines(store: Store, low: int, high: int) -> AsyncIterator[bytes]:
+async def _suffixes(store: Store) -> dict[int, list[str]]:
+    """Return the headers that the proof of an epoch's end needs besides its last block's, by that block's height."""
+    try:
+        ends = {row.first_height - 1: proof_of(row)[0] for row in await store.chain.epochs()}
+    except RecoveryError as error:
+        raise BackupError(str(error)) from error
+    return {height: [header.encode().hex() for header in headers[1:]] for height, headers in ends.items() if headers[1:]}
+
+
+async def _page_lines(store: Store, low: int, high: int, suffixes: dict[int, list[str]]) -> AsyncIterator[bytes]:
     rows = await store.rows.of_heights(StoredBlock, low, high)
     certificates = {row.height: row.body for row in await store.rows.of_heights(StoredCertificate, low, high)}
     payloads: dict[int, list[str]] = {}
@@ -98,6 +118,7 @@ async def _page_lines(store: Store, low: int, high: int) -> AsyncIterator[bytes]
                 "committed_ms": row.committed_ms,
                 "last_voted_round": row.last_voted_round,
             }
+            | ({"suffix": suffixes[row.height]} if row.height in suffixes else {})
         )
 
 
@@ -157,7 +178,8 @@ def _read_line(line: bytes, number: int) -> BackupBlock | object:
         payload = tuple(bytes.fromhex(raw) for raw in value["transactions"])
         certificate = bytes.fromhex(value["certificate"])
         block = dataclasses.replace(frame, payload=payload)
-        return BackupBlock(block, certificate, int(value["committed_ms"]), int(value["last_voted_round"]))
+        suffix = tuple(Header.decode(bytes.fromhex(header)) for header in value.get("suffix", ()))
+        return BackupBlock(block, certificate, int(value["committed_ms"]), int(value["last_voted_round"]), suffix)
     except (KeyError, TypeError, ValueError, MalformedError) as error:
         raise BackupError(f"line {number}: not a block or row of an export: {error!r}") from error
 
@@ -169,16 +191,26 @@ def _read_row(record: Any, value: dict[str, Any]) -> object:
 
 
 class Replay:
-    """Executes blocks from the genesis on, believing nothing but the genesis; what importing and comparing share."""
+    """Executes blocks from the genesis on, believing nothing but the genesis; what importing and comparing share.
+
+    ``committee`` is the one that the chain has come to.
+    """
 
     def __init__(self, genesis: Genesis) -> None:
         self._genesis = genesis
-        self._committee = Committee.of(genesis.chain_id, (member.pubkey for member in genesis.validators))
-        self._verifier = CertificateVerifier(self._committee, verify, self._committee.genesis_cert())
-        self._parent = self._committee.genesis_hash()
+        self._former: set[bytes] = set()
+        self._begin(Committee.of(genesis.chain_id, (member.pubkey for member in genesis.validators)))
+        self._steps: tuple[EpochStep, ...] = ()
         self._open: list[tuple[BackupBlock, Applied]] = []
         self.state = State.at_genesis(genesis)
         self.height = 0
+
+    def _begin(self, committee: Committee) -> None:
+        """Go on with the committee of an epoch."""
+        self.committee = committee
+        self._signed: set[int] = set()
+        self._verifier = CertificateVerifier(committee, verify, committee.genesis_cert())
+        self._parent = committee.genesis_hash()
 
     def execute(self, entry: BackupBlock) -> Applied:
         """Check and execute the next block.
@@ -187,8 +219,11 @@ class Replay:
             BackupError: it is not the next block of the chain, or does not give the root in its header.
         """
         block, height = entry.block, self.height + 1
-        if block.height != height or block.header.parent_hash != self._parent:
+        is_next = (block.height, block.header.parent_hash) == (height, self._parent)
+        if not is_next or block.header.epoch != self.committee.epoch:
             raise BackupError(f"height {height}: the block does not follow from the one before it")
+        if self._open and self._open[-1][1].next_committee is not None:
+            raise BackupError(f"height {height}: the epoch ended with the block before, and no certificate proves that")
         fault = self._verifier.proposal_fault(block, block.header.author)
         if fault is not None:
             raise BackupError(f"height {height}: {fault}")
@@ -201,8 +236,19 @@ class Replay:
         if isinstance(applied, InvalidBlock) or applied.state.root != block.header.state_root:
             raise BackupError(f"height {height}: executing the block does not give the root in its header")
         self.state, self.height, self._parent = applied.state, height, BlockHash(block.hash)
+        self._signed |= {block.header.author} | {voter for voter, _ in block.qc.signatures}
         self._open.append((entry, applied))
         return applied
+
+    def has_signed(self, public_key: bytes) -> bool:
+        """Return whether the chain shows that a validator of this key was here before: in an earlier epoch, or by its word."""
+        index = self.committee.index_of(public_key)
+        return public_key in self._former or index in self._signed
+
+    def voted_round(self, public_key: bytes, qc: QuorumCert) -> int:
+        """Return the round of a certificate of this epoch if a validator of this key signed it, else 0."""
+        index = self.committee.index_of(public_key)
+        return qc.round if any(voter == index for voter, _ in qc.signatures) else 0
 
     def take_commit(self) -> list[CommittedBlock]:
         """Return the rows of the blocks that a certificate now proves; empty while none does.
@@ -217,22 +263,36 @@ class Replay:
             certificate = codec.decode_quorum_cert(entry.certificate)
         except MalformedError as error:
             raise BackupError(f"height {self.height}: {error}") from error
-        is_valid = certificate.proves_parent and self._verifier.is_valid_quorum_cert(certificate)
-        if not is_valid or certificate.parent_hash != self._parent:
+        is_proven = commits(entry.block.header, entry.suffix, certificate) and (not entry.suffix or self._is_at_end)
+        if not is_proven or not self._verifier.is_valid_quorum_cert(certificate):
             raise BackupError(f"height {self.height}: the certificate does not prove the commit of this block")
         committed, self._open = self._open, []
-        made = []
-        for position, (each, applied) in enumerate(committed):
-            headers = [later.block.header for later, _ in committed[position:]]
-            if applied.next_committee is not None:
-                raise BackupError(f"height {self.height}: the committee changes here, and an export cannot follow it yet")
-            rows = records.of_block(
-                each.block, applied, self._genesis, records.Moment(each.committed_ms, each.last_voted_round)
-            )
-            events = records.events_of(each.block, applied, records.Proof(headers, certificate), self._genesis)
-            outbox = tuple(_unsigned(event) for event in events)
-            made.append(dataclasses.replace(rows, certificate=each.certificate, outbox=outbox, mempool_done=()))
-        return made
+        headers = [*(each.block.header for each, _ in committed), *entry.suffix]
+        return [
+            self._rows(each, applied, records.Proof(headers[position:], certificate, self._steps))
+            for position, (each, applied) in enumerate(committed)
+        ]
+
+    @property
+    def _is_at_end(self) -> bool:
+        return self._open[-1][1].next_committee is not None
+
+    def _rows(self, entry: BackupBlock, applied: Applied, evidence: records.Proof) -> CommittedBlock:
+        """Return what a validator stored of a block; goes on with the next committee when the block ends its epoch."""
+        moment = records.Moment(entry.committed_ms, entry.last_voted_round)
+        rows = records.of_block(entry.block, applied, self._genesis, moment)
+        outbox = tuple(_unsigned(event) for event in records.events_of(entry.block, applied, evidence, self._genesis))
+        rows = dataclasses.replace(rows, certificate=entry.certificate, mempool_done=())
+        if applied.next_committee is None:
+            return dataclasses.replace(rows, outbox=outbox)
+        epoch, event = records.of_epoch(
+            applied, evidence, self._genesis, Topics(), lambda change: wire_codec.encode(_blank(change))
+        )
+        step = evidence.step(applied, self._genesis)
+        self._steps = self._steps if step is None else (*self._steps, step)
+        self._former |= set(self.committee.public_keys)
+        self._begin(self.committee.successor(applied.next_committee, entry.block.hash))
+        return dataclasses.replace(rows, outbox=(*outbox, event), epochs=(epoch,))
 
     @property
     def has_open_end(self) -> bool:
@@ -241,15 +301,26 @@ class Replay:
 
 
 def _unsigned(event: records.Event) -> OutboxEvent:
-    blank = dataclasses.replace(event.message, producer_id=bytes(32), signature=records.UNSIGNED, pubkey=bytes(32))
-    value = wire_codec.encode(blank)
+    value = wire_codec.encode(_blank(event.message))
     return OutboxEvent(event.name, event.subject, records.topic_of(event, Topics()), event.key, value)
 
 
+def _blank(message: M) -> M:
+    return dataclasses.replace(message, producer_id=bytes(32), signature=records.UNSIGNED, pubkey=bytes(32))
+
+
 async def import_lines(
-    store: Store, genesis: Genesis, lines: Iterable[bytes], progress: Callable[[int], None] = lambda _height: None
-) -> int:
-    """Fill an empty store from a backup; return the height it reached.
+    store: Store,
+    genesis: Genesis,
+    lines: Iterable[bytes],
+    progress: Callable[[int], None] = lambda _height: None,
+    *,
+    voter: bytes | None = None,
+) -> Replay:
+    """Fill an empty store from a backup; return what its blocks lead to.
+
+    ``voter`` is this node's public key when the file is another validator's: what its writer noted of its own votes is then
+    replaced by the votes of this key that the chain shows.
 
     Blocks are written in commits of some dozens. An import that fails leaves an honest beginning of the chain in the store,
     which must be made empty before another try.
@@ -264,6 +335,8 @@ async def import_lines(
     waiting: list[CommittedBlock] = []
     for entry in read_backup(lines, genesis):
         if isinstance(entry, BackupBlock):
+            if voter is not None:
+                entry = dataclasses.replace(entry, last_voted_round=replay.voted_round(voter, entry.block.qc))
             replay.execute(entry)
             waiting += replay.take_commit()
         if waiting and (len(waiting) >= PAGE_BLOCKS or not isinstance(entry, BackupBlock)):
@@ -275,4 +348,4 @@ async def import_lines(
     if replay.has_open_end:
         raise BackupError(f"height {replay.height}: no certificate proves the last blocks of the file")
     await store.append(waiting, is_published=True)
-    return replay.height
+    return replay

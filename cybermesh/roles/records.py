@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cybermesh import proof
@@ -62,6 +62,10 @@ class Author:
     topics: Topics
     steps: tuple[proof.EpochStep, ...] = ()
 
+    def seal(self, change: EpochChange) -> bytes:
+        """Return the encoded message, signed."""
+        return codec.encode(seal(change, self.key, control_domains(self.genesis)))
+
 
 @dataclass(frozen=True, slots=True)
 class Moment:
@@ -79,14 +83,13 @@ def of_commit(commit: ConsensusCommit[State], author: Author, moment: Moment) ->
         applied = entry.execution.outcome
         assert isinstance(applied, Applied)
         is_last = position == len(commit.blocks) - 1
-        next_committee = commit.next_committee if is_last else None
         certificate = consensus_codec.encode_quorum_cert(commit.certificate) if is_last else b""
         evidence = Proof([*headers[position:], *commit.suffix], commit.certificate, author.steps)
         rows = of_block(entry.block, applied, author.genesis, moment)
         events = events_of(entry.block, applied, evidence, author.genesis)
         published = tuple(_sealed(event, author) for event in events)
-        if next_committee is not None:
-            epoch, event = _epoch_change(applied, evidence, next_committee, author)
+        if applied.next_committee is not None:
+            epoch, event = of_epoch(applied, evidence, author.genesis, author.topics, author.seal)
             rows, published = dataclasses.replace(rows, epochs=(epoch,)), (*published, event)
         records.append(dataclasses.replace(rows, certificate=certificate, outbox=published))
     return records
@@ -116,13 +119,14 @@ class Proof:
         return quorum(len(genesis.validators) if change is None else len(change.members))
 
 
-def _epoch_change(
-    applied: Applied, evidence: Proof, next_committee: Sequence[bytes], author: Author
+def of_epoch(
+    applied: Applied, evidence: Proof, genesis: Genesis, topics: Topics, seal_it: Callable[[EpochChange], bytes]
 ) -> tuple[StoredEpoch, OutboxEvent]:
     """Return what says that a committee has taken over after this block: the row, and the message to agents and auditors."""
-    header, step = evidence.headers[0], evidence.step(applied, author.genesis)
-    names = {member.pubkey: member.name for member in author.genesis.validators} | dict(applied.state.committee)
-    epoch, members = header.epoch + 1, sorted(next_committee)
+    assert applied.next_committee is not None
+    header, step = evidence.headers[0], evidence.step(applied, genesis)
+    names = {member.pubkey: member.name for member in genesis.validators} | dict(applied.state.committee)
+    epoch, members = header.epoch + 1, sorted(applied.next_committee)
     change = EpochChange(
         epoch=epoch,
         last_height=header.height,
@@ -134,9 +138,9 @@ def _epoch_change(
         signature=b"",
         pubkey=b"",
     )
-    sealed = codec.encode(seal(change, author.key, control_domains(author.genesis)))
+    sealed = seal_it(change)
     stored = StoredEpoch(epoch, header.height + 1, b"".join(members), sealed, None if step is None else proof.encode_step(step))
-    return stored, OutboxEvent(EPOCH_EVENT, epoch, author.topics.control_policy, str(epoch).encode(), sealed)
+    return stored, OutboxEvent(EPOCH_EVENT, epoch, topics.control_policy, str(epoch).encode(), sealed)
 
 
 def of_block(block: Block, applied: Applied, genesis: Genesis, moment: Moment) -> CommittedBlock:

@@ -48,8 +48,11 @@ class StoredChain:
         self.rows: list[list[StoredCommit]] = []
         self.snapshots: list[StoredSnapshot] = []
 
-    def add(self, *transactions: bytes, skipped: int = 0, commits: bool = True) -> Applied:
-        """Execute a block after ``skipped`` rounds without one; it stays uncommitted until the next that ``commits``."""
+    def add(self, *transactions: bytes, skipped: int = 0, commits: bool = True, above: int = 0) -> Applied:
+        """Execute a block after ``skipped`` rounds without one; it stays uncommitted until the next that ``commits``.
+
+        ``above`` it, in rounds that do not follow each other, come empty blocks until a certificate commits it.
+        """
         before = self.certificate
         applied = self.world.try_apply(*transactions)
         assert isinstance(applied, Applied), applied
@@ -69,16 +72,27 @@ class StoredChain:
         self.waiting.append(CommittedBlock(block, execution))
         self.certificate = self.certify(header)
         if commits:
-            self._commit(header)
+            self._commit(header, above)
         return applied
 
-    def _commit(self, last: Header) -> None:
+    def _commit(self, block: Header, above: int) -> None:
         """Commit what waits by a certificate of a child in the next round, as a replica gets it."""
+        suffix = [block]
+        for _ in range(above):
+            top = suffix[-1]
+            qc, skipped = self.certify(top), Round(top.round + 1)
+            child = dataclasses.replace(
+                top, round=Round(top.round + 2), height=Height(top.height + 1), parent_hash=BlockHash(top.hash),
+                parent_round=top.round, parent_signers=qc.signers, qc_digest=qc.digest,
+                tc_digest=self._timeout(skipped, qc).digest, payload_root=merkle_root(()),
+            )  # fmt: skip
+            suffix.append(child)
+        last = suffix[-1]
         child = BlockHash(bytes([7]) * 32)
         message = vote_bytes(self.committee, Round(last.round + 1), child, last.round, last.hash)
         signatures = tuple((voter, self.keys[voter].sign(message)) for voter in range(self.committee.quorum))
         certificate = QuorumCert(self.committee.epoch, Round(last.round + 1), child, last.round, last.hash, signatures)
-        commit = Commit(tuple(self.waiting), certificate)
+        commit = Commit(tuple(self.waiting), certificate, tuple(suffix[1:]))
         self.rows.append(records.of_commit(commit, self.author, records.Moment(self.world.now_ms + 7, last.round)))
         self.waiting = []
         steps = tuple(decode_step(epoch.step) for epoch in self.rows[-1][-1].epochs if epoch.step is not None)
@@ -87,8 +101,8 @@ class StoredChain:
         if members is not None:
             names = [name for _, name in self.world.state.committee]
             self.keys = sorted((key(name) for name in names), key=lambda signer: signer.public)
-            self.committee = Committee.of(self.committee.chain_id, members, epoch=self.committee.epoch + 1)
-            self.certificate = self.committee.genesis_cert(BlockHash(last.hash))
+            self.committee = self.committee.successor(members, block.hash)
+            self.certificate = self.committee.genesis_cert()
 
     def certify(self, header: Header) -> QuorumCert:
         message = vote_bytes(self.committee, header.round, header.hash, header.parent_round, header.parent_hash)

@@ -17,13 +17,17 @@ import pytest
 from typer.testing import CliRunner
 
 from cybermesh.cli.ledger import app
+from cybermesh.consensus.committee import Committee
 from cybermesh.proof import verify_proof
 from cybermesh.roles.audit import AuditError, Auditor
 from cybermesh.roles.backup import BackupError, export_lines, import_lines
+from cybermesh.roles.recovery import present_committee
 from cybermesh.store.records import AuditEntry, StoredLabel
 from cybermesh.store.rows import FEEDBACK
 from cybermesh.store.store import open_store
 from cybermesh.wire import codec
+from tests.ledger.test_operators import joining
+from tests.ledger.world import policy
 from tests.postgres import Cluster
 from tests.roles.stored_chain import StoredChain, random_chain, stored, usual_chain
 
@@ -53,7 +57,7 @@ async def test_a_restored_ledger_is_the_same_and_publishes_nothing_again(
     usual: StoredChain, backup: bytes, tmp_path: Path
 ) -> None:
     async with open_store(tmp_path / "restored.db") as store:
-        assert await import_lines(store, usual.world.genesis, io.BytesIO(backup)) == 8
+        assert (await import_lines(store, usual.world.genesis, io.BytesIO(backup))).height == 8
         report = await Auditor(store.rows, usual.world.genesis).run()
         assert report.finding is None, str(report.finding)
         assert report.state_root == usual.world.state.root
@@ -75,6 +79,55 @@ async def test_a_backup_moves_a_ledger_to_postgresql_and_back(
     async with open_store(url) as store:
         await import_lines(store, usual.world.genesis, io.BytesIO(backup))
     assert await exported(usual, url) == backup
+
+
+@pytest.fixture
+async def two_epochs(tmp_path: Path) -> tuple[StoredChain, bytes]:
+    """A committee that grows; the rounds above its last block were skipped, so headers lead to the proof of its end."""
+    chain = StoredChain()
+    world = chain.world
+    chain.add(*world.case("solo", "before", policy("203.0.113.5"), "203.0.113.5"))
+    chain.add(*(world.command(who, "validator_set", add=[joining(world, "v9")]) for who in ("alice", "bob")), above=2)
+    world.after(61)
+    chain.add(*world.case("solo", "after", policy("203.0.113.6"), "203.0.113.6"), skipped=1)
+    chain.add()
+    return chain, await exported(chain, await stored(chain, tmp_path / "epochs.db"))
+
+
+async def test_an_export_leads_through_a_change_of_the_committee(two_epochs: tuple[StoredChain, bytes], tmp_path: Path) -> None:
+    chain, backup = two_epochs
+    genesis = chain.world.genesis
+    async with open_store(tmp_path / "restored.db") as store:
+        replay = await import_lines(store, genesis, io.BytesIO(backup))
+        assert (replay.height, replay.committee) == (4, chain.committee)
+        assert (await Auditor(store.rows, genesis).run()).finding is None
+        first = Committee.of(genesis.chain_id, (member.pubkey for member in genesis.validators))
+        assert await present_committee(store, first) == chain.committee
+        raw = await store.outbox.event("decision", 2)
+        assert raw is not None
+        assert verify_proof(codec.POLICY_UPDATE.decode(raw).proof, genesis).header.epoch == 2
+        assert await store.outbox.pending_count() == 0
+    assert await exported(chain, tmp_path / "restored.db") == backup
+
+
+@pytest.mark.parametrize("case", ["no suffix", "cut suffix", "suffix elsewhere", "certificate", "no certificate", "old epoch"])
+async def test_an_end_of_an_epoch_that_no_quorum_signed_is_refused(
+    case: str, two_epochs: tuple[StoredChain, bytes], tmp_path: Path
+) -> None:
+    chain, backup = two_epochs
+    lines = backup.splitlines(keepends=True)
+    end, later = json.loads(lines[2]), json.loads(lines[3])
+    forge, height = {
+        "no suffix": (lambda: _edit(lines, 3, suffix=[]), 2),
+        "cut suffix": (lambda: _edit(lines, 3, suffix=end["suffix"][1:]), 2),
+        "suffix elsewhere": (lambda: _edit(lines, 2, suffix=end["suffix"]), 1),
+        "certificate": (lambda: _edit(lines, 3, certificate=later["certificate"]), 2),
+        "no certificate": (lambda: _edit(lines, 3, certificate=""), 3),
+        "old epoch": (lambda: _edit([*lines[:3], lines[2], *lines[4:]], 1), 3),
+    }[case]
+    async with open_store(tmp_path / "restored.db") as store:
+        with pytest.raises(BackupError, match=f"height {height}"):
+            await import_lines(store, chain.world.genesis, forge())
 
 
 async def test_only_an_empty_store_is_restored_into(usual: StoredChain, backup: bytes, tmp_path: Path) -> None:
