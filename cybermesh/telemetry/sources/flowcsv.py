@@ -178,6 +178,7 @@ def _row(layout: _Layout, line: bytes) -> tuple[_Row, list[float]] | str:
     if len(cells) != layout.width:
         return WRONG_WIDTH
     blank: tuple[int, ...] = ()
+    when = b"" if layout.time is None else cells[layout.time]
     try:
         if b"" in cells:
             blank = tuple(feature for feature, column in layout.features if not cells[column])
@@ -187,7 +188,7 @@ def _row(layout: _Layout, line: bytes) -> tuple[_Row, list[float]] | str:
         numbers = {name: int(cell) for name, cell in more.items() if name != "end_reason"}
     except ValueError:
         return NOT_A_NUMBER
-    start_us = 0 if layout.time is None else _microseconds(cells[layout.time])
+    start_us = 0 if layout.time is None else _microseconds(when)
     if start_us is None:
         return NO_TIME
     src, dst = NOWHERE, NOWHERE

@@ -154,6 +154,7 @@ def test_our_own_table_gives_back_the_flows_it_was_made_of(tmp_path: Path) -> No
         ({"protocol": "nan"}, "port, protocol or time out of range"),
         ({"src_ip": "host"}, "not an address"),
         ({"start_us": "someday"}, "time cannot be read"),
+        ({"start_us": ""}, "time cannot be read"),
         ({"start_us": "9" * 19}, "port, protocol or time out of range"),
         ({"dst_ip": '"a,b"'}, "not an address"),
         ({"dst_ip": '"a,b'}, "wrong number of columns"),
