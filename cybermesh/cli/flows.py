@@ -2,7 +2,8 @@
 
 Flows are written as they finish, so memory does not grow with the capture. All inputs go through one meter: a capture that was
 split into files gives the flows of the whole. An input that cannot be read is reported and the others are still metered; the
-exit code is then 1. Ctrl-C ends a live capture in order, with the flows that were open; of files it just stops.
+exit code is then 1. Ctrl-C ends a live capture or a stream (``tcpdump -w - | cybermesh flows -``) in order, with the flows that
+were open; of files it just stops.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class FlowTotals:
     flows: int = 0
     evicted: int = 0
     failed_inputs: int = 0
+    units: set[str] = field(default_factory=set)  # what the inputs call what they consist of
 
 
 @dataclass(slots=True)
@@ -108,13 +110,14 @@ class Run:
                         if self.stopped.is_set():
                             break
                 except KeyboardInterrupt:
-                    if not is_live(spec):
+                    if not (is_live(spec) or _is_stream(spec)):
                         raise
                 finally:
                     progress.clear()
                 _explain(source.name, source.counters)
                 totals.packets += source.counters.packets
                 totals.metered += source.counters.metered
+                totals.units.add(source.counters.unit)
         if totals.failed_inputs == len(self.inputs):
             return
         for rest in self.meter.drain(_DRAINED):
@@ -270,6 +273,11 @@ def is_live(spec: str) -> bool:
     return spec.startswith("live:") and not Path(spec).exists()
 
 
+def _is_stream(spec: str) -> bool:
+    """Return whether an input is a pipe, which ends when somebody else says so."""
+    return spec in {"-", "pcap:-"} or Path(spec).is_fifo()
+
+
 def _finished(batch: Batch, meter: Meter) -> FlowBatch:
     """Return the flows that are finished with a batch: metered from packets, or as another meter reported them."""
     match batch:
@@ -292,6 +300,7 @@ def _explain(name: str, counters: Counters) -> None:
 
 def _summarise(totals: FlowTotals, seconds: float) -> None:
     rate = totals.packets / seconds if seconds else 0.0
-    output.note(f"{totals.flows:,} flows from {totals.metered:,} packets in {seconds:.2f} s ({rate:,.0f} packets/s)")
+    unit = totals.units.pop() if len(totals.units) == 1 else "packets and records"
+    output.note(f"{totals.flows:,} flows from {totals.metered:,} {unit} in {seconds:.2f} s ({rate:,.0f} {unit}/s)")
     if totals.evicted:
         output.note(f"{totals.evicted:,} flows were cut short: too many were open at once")

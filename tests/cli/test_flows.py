@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import gzip
 import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,13 @@ from cybermesh.bus import Delivery
 from cybermesh.bus.local import LocalBus
 from cybermesh.cli import bench_capture, bench_sender, main
 from cybermesh.cli.flow_rows import IDENTIFIERS
+from cybermesh.cli.flows import RETAINED_FLOWS, Run
 from cybermesh.telemetry import compile_cache, metering
 from cybermesh.telemetry.counters import Counters
 from cybermesh.telemetry.features import NAMES
 from cybermesh.telemetry.flow_messages import from_message
+from cybermesh.telemetry.packets import PacketBatch
+from cybermesh.telemetry.sources.capture import CaptureSource
 from cybermesh.wire import codec
 from tests.telemetry import frames
 from tests.telemetry.sources import captures
@@ -189,6 +194,12 @@ def test_what_an_input_cannot_tell_is_empty_and_reads_back_as_unknown(capsysbina
     assert run(capsysbinary, str(table))[1] == text
 
 
+def test_what_was_read_is_called_what_it_is(capsysbinary, talk: Path, tmp_path: Path) -> None:
+    assert " flows from 2 packets in " in run(capsysbinary, str(talk), "--out", str(tmp_path / "flows.csv"))[2]
+    assert " flows from 1 rows in " in run(capsysbinary, str(tmp_path / "flows.csv"))[2]
+    assert " flows from 3 packets and records in " in run(capsysbinary, str(talk), str(tmp_path / "flows.csv"))[2]
+
+
 def test_compat_writes_the_table_of_2017_which_reads_back(capsysbinary, tmp_path: Path) -> None:
     path, table = tmp_path / "one.pcap", tmp_path / "one.csv"
     path.write_bytes(captures.pcap([(1_500_000_000_000_000, REQUEST)]))
@@ -255,6 +266,22 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path: Path, form: 
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 1
     assert not [line for line in done.stderr.splitlines() if "Error" in line or "cybermesh:" in line]
+
+
+class Interrupted(CaptureSource):
+    """A capture during which somebody presses Ctrl-C."""
+
+    def batches(self) -> Iterator[PacketBatch]:
+        yield from super().batches()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_ctrl_c_on_a_stream_gives_the_flows_that_were_open_and_on_a_file_just_stops(talk: Path, stream: bool) -> None:
+    meter = metering.reference().new_meter(retain=RETAINED_FLOWS)
+    run = Run(["-" if stream else str(talk)], 100, meter, lambda spec, block: Interrupted(str(talk), block=block))
+    with contextlib.nullcontext() if stream else pytest.raises(KeyboardInterrupt):
+        assert sum(map(len, run.flows())) == run.totals.flows == 1
 
 
 def test_block_size_changes_no_byte_of_the_output(capsysbinary, tmp_path: Path) -> None:
