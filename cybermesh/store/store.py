@@ -10,28 +10,33 @@ Rules:
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Table, delete, insert, select, update
+from sqlalchemy import ColumnElement, Table, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from cybermesh.store import BlockConflict, StoreError, tables
 from cybermesh.store.chain import Chain
-from cybermesh.store.database import Database, insert_new, open_database
+from cybermesh.store.database import Database, open_database
 from cybermesh.store.feedback import Feedback
 from cybermesh.store.mempool import MempoolJournal
 from cybermesh.store.migrate import migrate, require_current
 from cybermesh.store.node import NodeRecords
 from cybermesh.store.outbox import Outbox
-from cybermesh.store.queries import insert_many, values_of
-from cybermesh.store.records import CommittedBlock, StoredDecision
+from cybermesh.store.queries import delete_each, insert_many, insert_tuples, names_of, values_of
+from cybermesh.store.records import CommittedBlock, OutboxEvent, StoredDecision, StoredEvidence
 from cybermesh.store.rows import Rows
 
 IN_LIST_MAX = 500
+_EVIDENCE: Final = tuple(names_of(StoredEvidence))
+_OUTBOX: Final = tuple(names_of(OutboxEvent))
+_OUTBOX_VALUES: Final = operator.attrgetter(*_OUTBOX)
+_DECISION: Final = tuple(names_of(StoredDecision)[:-3])  # then come the lists of names, and what the store itself decides
+_DECISION_VALUES: Final = operator.attrgetter(*_DECISION)
 
 
 class Store:
@@ -124,24 +129,16 @@ async def _write(connection: AsyncConnection, blocks: Sequence[CommittedBlock], 
     await insert_many(connection, tables.transactions, [row for entry in blocks for row in entry.transactions])
     await insert_many(connection, tables.receipts, [row for entry in blocks for row in entry.receipts])
     await _write_decisions(connection, [row for entry in blocks for row in entry.decisions])
-    bodies = values_of(row for entry in blocks for row in entry.evidence)
-    if bodies:
-        await connection.execute(insert_new(connection, tables.evidence), bodies)
+    bodies = [(row.digest, row.evidence_id, row.producer, row.height, row.body) for entry in blocks for row in entry.evidence]
+    await insert_tuples(connection, tables.evidence, _EVIDENCE, bodies, only_new=True)
     await _insert(connection, tables.epochs, (row for entry in blocks for row in entry.epochs))
-    events = [
-        {
-            **values,
-            "height": entry.block.height,
-            "created_ms": entry.block.committed_ms,
-            "published_ms": entry.block.committed_ms if is_published else None,
-        }
-        for entry in blocks
-        for values in values_of(entry.outbox)
-    ]
-    if events:
-        await connection.execute(insert(tables.outbox), events)
-    for digests in _pieces([digest for entry in blocks for digest in entry.mempool_done]):
-        await connection.execute(delete(tables.mempool).where(tables.mempool.c.digest.in_(digests)))
+    events = []
+    for entry in blocks:
+        height, now_ms = entry.block.height, entry.block.committed_ms
+        published_ms = now_ms if is_published else None
+        events += [(height, *_OUTBOX_VALUES(event), now_ms, published_ms) for event in entry.outbox]
+    await insert_tuples(connection, tables.outbox, ("height", *_OUTBOX, "created_ms", "published_ms"), events)
+    await delete_each(connection, tables.mempool.c.digest, [digest for entry in blocks for digest in entry.mempool_done])
 
 
 async def _insert(connection: AsyncConnection, table: Table, records: Iterable[object]) -> None:
@@ -159,11 +156,16 @@ async def _write_decisions(connection: AsyncConnection, decisions: Sequence[Stor
     for ids in _pieces(list(newest)):
         superseded: ColumnElement[bool] = table.c.policy_id.in_(ids) & table.c.is_active
         await connection.execute(update(table).where(superseded).values(is_active=False))
-    rows = (
-        dataclasses.replace(row, is_active=row.change != "ended" and newest[row.policy_id] == row.decision_seq)
+    rows = [
+        (
+            *_DECISION_VALUES(row),
+            tables.names_text(row.reporters),
+            tables.names_text(row.approvers),
+            row.change != "ended" and newest[row.policy_id] == row.decision_seq,
+        )
         for row in decisions
-    )
-    await _insert(connection, table, rows)
+    ]
+    await insert_tuples(connection, table, (*_DECISION, "reporters", "approvers", "is_active"), rows)
 
 
 def _pieces(values: Sequence[Any]) -> list[Sequence[Any]]:

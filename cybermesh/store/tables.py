@@ -34,6 +34,11 @@ metadata = MetaData(
 Serial = BigInteger().with_variant(Integer, "sqlite")
 
 
+def names_text(names: tuple[str, ...]) -> str:
+    """Return a list of names as a column of ``Names`` holds it."""
+    return orjson.dumps(names).decode()
+
+
 class Names(TypeDecorator[tuple[str, ...]]):
     """A short list of texts as JSON."""
 
@@ -42,7 +47,7 @@ class Names(TypeDecorator[tuple[str, ...]]):
 
     def process_bind_param(self, value: tuple[str, ...] | None, dialect: Dialect) -> str | None:
         """Return the JSON text."""
-        return None if value is None else orjson.dumps(list(value)).decode()
+        return None if value is None else names_text(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> tuple[str, ...] | None:
         """Return the texts."""
