@@ -26,7 +26,7 @@ from cybermesh.enforce.admission import Admission, Batch
 from cybermesh.enforce.backends import Audit, Backend, BackendError
 from cybermesh.enforce.book import Book
 from cybermesh.enforce.decisions import Mode, ProofError, Proven, RefusedError
-from cybermesh.enforce.installer import Installer
+from cybermesh.enforce.installer import Finding, Installer
 from cybermesh.enforce.packed import PackedError, pack
 from cybermesh.enforce.reconcile import LaneFullError, Plan
 from cybermesh.enforce.state import Changes, Orders, Pending, State, StateError
@@ -82,6 +82,7 @@ class Enforcer:
         self._ports = ports
         self._place = place
         self._lock = asyncio.Lock()
+        self._reconciling = asyncio.Lock()
         self._book = Book()
         self._admission = Admission(self._book, place.limits)
         self._orders: Orders | None = None
@@ -105,7 +106,7 @@ class Enforcer:
             await self._load()
             # Before any rule is made: what is loaded is judged by what is protected today.
             self._look()
-            found = await self._reconcile(now_ms)
+            found = await self._finish(await self._prepare(now_ms), is_as_desired=False)
         await asyncio.to_thread(memory.give_back)
         return found
 
@@ -148,8 +149,14 @@ class Enforcer:
 
     async def reconcile(self) -> Reconciliation:
         """Compare the firewall with what it should be, repair it, and try again what is held or parked."""
-        async with self._lock:
-            return await self._reconcile(self._ports.now_ms())
+        # One after the other; decisions go on while the firewall is listed, which takes seconds when it holds much.
+        async with self._reconciling:
+            async with self._lock:
+                found = await self._prepare(self._ports.now_ms())
+                is_fresh = self._installer.is_fresh
+            is_as_desired = not is_fresh and not self._trouble and await self._installer.glance(self._book.desired)
+            async with self._lock:
+                return await self._finish(found, is_as_desired=is_as_desired)
 
     async def run(self, tick_s: float = 1.0, reconcile_s: float = 30.0) -> None:
         """Tick and reconcile until cancelled, at once when ``listen`` has heard something; StateError is the supervisor's."""
@@ -387,23 +394,27 @@ class Enforcer:
         except (BackendError, LaneFullError) as fault:
             self._trouble = str(fault)
 
-    async def _reconcile(self, now_ms: int) -> Reconciliation:
+    async def _prepare(self, now_ms: int) -> Reconciliation:
+        """Do what a reconciliation does before it looks at the firewall."""
         self._trouble = ""
         self._installer.begin_round()
         await self._obey(now_ms)
         withdrawn = await self._look_around(now_ms)
         ended = await self._expire(now_ms)
-        released = await self._release_held(now_ms)
+        return Reconciliation(ended=ended, released=await self._release_held(now_ms), withdrawn=withdrawn)
+
+    async def _finish(self, found: Reconciliation, *, is_as_desired: bool) -> Reconciliation:
+        """Compare and repair, unless a glance has just found everything as it should be."""
         drift, damage = 0, tuple[str, ...]()
         try:
             await self._installer.leave_nothing_behind()
-            finding = await self._installer.check(self._book.desired)
+            finding = Finding() if is_as_desired else await self._installer.check(self._book.desired)
             drift, damage = finding.drift + len(finding.damage), finding.damage
         except (BackendError, LaneFullError) as fault:
             self._trouble = str(fault)
         self._drift_total += drift
-        self._last = Reconciliation(drift, damage, ended, released, withdrawn, self._trouble)
-        await asyncio.to_thread(self._report, now_ms)
+        self._last = replace(found, drift=drift, damage=damage, problem=self._trouble)
+        await asyncio.to_thread(self._report, self._ports.now_ms())
         return self._last
 
     async def _release_held(self, now_ms: int) -> int:

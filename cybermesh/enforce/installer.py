@@ -8,6 +8,7 @@ In the modes observe and off the same goes to a backend without a firewall, and 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Final
 from cybermesh.enforce.backends import TOLERANCE_MS, Audit, Backend, BackendError
 from cybermesh.enforce.backends.noop import NoopBackend
 from cybermesh.enforce.decisions import Mode
-from cybermesh.enforce.reconcile import Desired, Mirror, Plan, Touched, plan
+from cybermesh.enforce.reconcile import Desired, LaneFullError, Mirror, Plan, Touched, plan
 from cybermesh.enforce.rules import Element, Match
 
 _SAMPLE_MAX: Final = 4_096
@@ -45,11 +46,18 @@ class Installer:
         self._rebuild_due = True
         self._is_fresh = False
         self._removal_due = False
+        # What has been asked for since a glance began; None when no glance is under way, or one was made worthless.
+        self._since: Touched | None = None
 
     @property
     def is_enforcing(self) -> bool:
         """Whether the real firewall is used."""
         return self._target is self._real
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether everything was built and read back in this round, so that a look would tell nothing new."""
+        return self._is_fresh and not self._rebuild_due
 
     @property
     def installed(self) -> int:
@@ -62,6 +70,7 @@ class Installer:
         Raises:
             BackendError: Our table could not be removed, and may still be there.
         """
+        self._since = None
         if mode is Mode.ENFORCE:
             if not self.is_enforcing:
                 self._target, self._rebuild_due = self._real, True
@@ -85,6 +94,37 @@ class Installer:
         """Begin a reconciliation: what was built before it is not known to be there still."""
         self._is_fresh = False
 
+    async def glance(self, desired: Desired) -> bool:
+        """Say whether the firewall is as desired, without keeping ``bring`` waiting; False also when that cannot be told.
+
+        The listing, the comparison and the changes that are made meanwhile go side by side: what those concern is not judged,
+        it has been read back. Only one glance at a time. It changes nothing: ``check`` repairs what it has seen.
+        """
+        if self._rebuild_due or not self.is_enforcing:
+            return False
+        self._mirror.forget_ended(self._now_ms())
+        self._since = since = Touched()
+        before, before_ms = desired.snapshot(), self._now_ms()
+        try:
+            audit = await self._target.glance(before_ms)
+            if audit is None or audit.damage:
+                return False
+            step = await asyncio.to_thread(self._differences, before, audit, before_ms)
+            return self._since is since and not step.beside(since)
+        except LaneFullError:
+            return False
+        finally:
+            self._since = None
+
+    def _differences(self, desired: Desired, audit: Audit, before_ms: int) -> Plan:
+        now_ms = self._now_ms()
+        # The remaining times were read somewhere in between.
+        return plan(desired.view(now_ms), audit.elements, now_ms, TOLERANCE_MS + now_ms - before_ms)
+
+    def _note(self, touched: Touched) -> None:
+        if self._since is not None:
+            self._since |= touched
+
     async def bring(self, desired: Desired, touched: Touched) -> None:
         """Install what ``touched`` concerns, and read it back.
 
@@ -92,6 +132,7 @@ class Installer:
             BackendError: The firewall did not take it; ``settle`` with the old rules in ``desired`` undoes what it did take.
             LaneFullError: Nothing was changed.
         """
+        self._note(touched)
         if self._rebuild_due:
             await self._rebuild(desired)
             return
@@ -108,6 +149,7 @@ class Installer:
 
     async def settle(self, desired: Desired, touched: Touched) -> None:
         """Go back after a failure, as far as the firewall lets us; the next audit finds the rest."""
+        self._note(touched)
         if self._rebuild_due:
             return
         try:
@@ -125,7 +167,7 @@ class Installer:
             BackendError: It could not be read or repaired.
         """
         self._mirror.forget_ended(self._now_ms())
-        if self._is_fresh and not self._rebuild_due:
+        if self.is_fresh:
             # Built and read back a moment ago: listing it all would tell nothing new, and takes most of a second.
             return Finding()
         step, audit = await self._compare(desired, self._target)
@@ -149,10 +191,7 @@ class Installer:
     async def _compare(self, desired: Desired, backend: Backend) -> tuple[Plan, Audit]:
         before_ms = self._now_ms()
         audit = await backend.audit(before_ms)
-        now_ms = self._now_ms()
-        # The remaining times were read somewhere in between.
-        tolerance_ms = TOLERANCE_MS + now_ms - before_ms
-        return plan(desired.view(now_ms), audit.elements, now_ms, tolerance_ms), audit
+        return self._differences(desired, audit, before_ms), audit
 
     def _plan(self, desired: Desired, touched: Touched) -> Plan:
         now_ms = self._now_ms()
@@ -173,6 +212,8 @@ class Installer:
             raise BackendError("APPLY_FAILED", f"read back: {len(missing)} of {len(wanted)} are not there, as {min(missing)}")
 
     async def _rebuild(self, desired: Desired) -> None:
+        # Whatever is being listed meanwhile is not what will be there.
+        self._since = None
         elements = desired.view(self._now_ms())
         await self._target.rebuild(elements.values(), self._now_ms())
         self._mirror.replace(elements.values())

@@ -57,6 +57,11 @@ class Plan:
         """How many elements differ."""
         return len(self.adds) + len(self.removes) + len(self.renewals)
 
+    def beside(self, touched: Touched) -> bool:
+        """Say whether it changes anything that ``touched`` does not concern."""
+        found = _matches(self.adds, self.removes, self.renewals)
+        return any(match.lane not in touched.lanes if match.area else match not in touched.points for match in found)
+
     def wanted(self) -> Iterator[Element]:
         """Yield the elements that must be there afterwards and were not, or not so."""
         yield from self.adds
@@ -173,6 +178,14 @@ class Desired:
 
     def __contains__(self, policy_id: str) -> bool:
         return policy_id in self._rules
+
+    def snapshot(self) -> Desired:
+        """Return what is desired now, for looking (``view``) from another thread while this one changes."""
+        copy = Desired()
+        copy._points = dict(self._points)
+        copy._areas = {lane: dict(rules) for lane, rules in self._areas.items()}
+        copy._count = self._count
+        return copy
 
     def rules_of(self, policy_id: str) -> tuple[Rule, ...]:
         """Return the rules of one policy, none if it is not here."""

@@ -64,6 +64,7 @@ class Mortal:
         self._inner, self._fate = inner, fate
         self.name = inner.name
         self.audit: Callable[[int], Any] = inner.audit
+        self.glance: Callable[[int], Any] = inner.glance
         self.wait_changed, self.close, self.remove_all = inner.wait_changed, inner.close, inner.remove_all
 
     async def apply(self, plan: Plan, at_ms: int) -> None:

@@ -5,8 +5,8 @@ Contract of every backend:
 - ``apply`` and ``rebuild`` are atomic: they return when the firewall does what the plan says, or raise and leave it as it was.
 - An element ends by itself at its ``expires_at_ms``, even when this process is dead. A backend never sets a later end.
 - A backend touches nothing but what is its own, and needs no record of its own to know what that is.
-- Calls do not overlap: the enforcer makes them one at a time. Cancellation may leave a call done or not done, as after a crash;
-  the next audit tells.
+- Calls do not overlap: the enforcer makes them one at a time. Only ``glance`` may run beside all others. Cancellation may leave
+  a call done or not done, as after a crash; the next audit tells.
 - Only the enforcer retries.
 """
 
@@ -82,6 +82,13 @@ class Backend(Protocol):
 
         Raises:
             BackendError: It could not be read.
+        """
+        ...
+
+    async def glance(self, now_ms: int) -> Audit | None:
+        """Read everything of ours while other calls go on; None where only ``audit`` can tell.
+
+        What is changed meanwhile may be in it or not; the caller knows what that was.
         """
         ...
 

@@ -19,8 +19,11 @@ from cybermesh.enforce.reconcile import Plan
 from cybermesh.enforce.rules import Element, Match
 
 _LIST: Final = f"list table {nft_script.TABLE}"
+_ABSENT: Final = f"there is no table {nft_script.TABLE}"
 _GONE: Final = "No such file or directory"
 _ERROR_CHARS_MAX: Final = 300
+# A listing begins again whenever the table changes under it; in a long burst it would never end.
+_GLANCE_MAX_S: Final = 20.0
 # Unused limit objects are harmless but stay until the table is rebuilt.
 _STALE_LIMITS_MAX: Final = 1_000
 
@@ -136,6 +139,9 @@ class NftablesBackend:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        # libnftables promises nothing about threads, so whoever reads while others write is a process.
+        program = programs.find("nft")
+        self._reader = None if program is None else ProcessChannel(program)
         # The sets we know to exist; None until the table has been built or read.
         self._sets: frozenset[str] | None = None
         self._questions = netlink.Questions(netlink.element_question)
@@ -149,7 +155,7 @@ class NftablesBackend:
         if self._sets is None:
             await self.audit(now_ms)
         if self._sets is None:
-            raise BackendError("APPLY_FAILED", f"there is no table {nft_script.TABLE}")
+            raise BackendError("APPLY_FAILED", _ABSENT)
         script, sets = nft_script.change(plan, now_ms, self._sets)
         await self._run(script)
         self._sets = sets
@@ -169,13 +175,24 @@ class NftablesBackend:
         listed = await self._channel.list_table()
         if listed is None:
             self._sets = None
-            return Audit({}, (f"there is no table {nft_script.TABLE}",))
+            return Audit({}, (_ABSENT,))
         listing = await asyncio.to_thread(lambda: nft_script.read(orjson.loads(listed), now_ms))
         self._sets = listing.sets
-        live = sum(1 for element in listing.elements.values() if element.rate is not None)
-        if listing.limits > 2 * live + _STALE_LIMITS_MAX:
-            listing.damage.append(f"{listing.limits - live} unused limit objects")
-        return Audit(listing.elements, tuple(listing.damage), listing.counters)
+        return _found(listing)
+
+    async def glance(self, now_ms: int) -> Audit | None:
+        """List our table in a process of its own, beside whatever else goes on."""
+        if self._reader is None:
+            return None
+        try:
+            async with asyncio.timeout(_GLANCE_MAX_S):
+                listed = await self._reader.list_table()
+        except (TimeoutError, BackendError):
+            return None
+        if listed is None:
+            return Audit({}, (_ABSENT,))
+        listing = await asyncio.to_thread(lambda: nft_script.read(orjson.loads(listed), now_ms))
+        return _found(listing)
 
     def close(self) -> None:
         """Give back what is open; the firewall stays as it is."""
@@ -198,6 +215,13 @@ class NftablesBackend:
             # It may have happened: look before the next change.
             self._sets = None
             raise
+
+
+def _found(listing: nft_script.Listing) -> Audit:
+    live = sum(1 for element in listing.elements.values() if element.rate is not None)
+    if listing.limits > 2 * live + _STALE_LIMITS_MAX:
+        listing.damage.append(f"{listing.limits - live} unused limit objects")
+    return Audit(listing.elements, tuple(listing.damage), listing.counters)
 
 
 def _translated(error: str) -> BackendError:

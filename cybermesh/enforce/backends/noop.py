@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Collection
 
 from cybermesh.enforce.backends import Audit
-from cybermesh.enforce.reconcile import Mirror, Plan
+from cybermesh.enforce.reconcile import Mirror, Plan, Touched
 from cybermesh.enforce.rules import Element, Match
 
 PLANS_KEPT = 1_000
@@ -34,12 +34,17 @@ class NoopBackend:
 
     async def read_back(self, matches: Collection[Match]) -> frozenset[Match]:
         """Return what is held."""
-        return frozenset(self._mirror.view().keys() & set(matches))
+        asked = Touched(set(matches), {match.lane for match in matches if match.area})
+        return frozenset(self._mirror.view(asked).keys() & set(matches))
 
     async def audit(self, now_ms: int) -> Audit:
         """Return everything that has not ended."""
         self._mirror.forget_ended(now_ms)
         return Audit(self._mirror.view())
+
+    async def glance(self, now_ms: int) -> Audit | None:
+        """Return None: a look at memory costs nothing."""
+        return None
 
     async def wait_changed(self) -> None:
         """Wait for ever: nobody else holds this."""
