@@ -129,14 +129,16 @@ class Admission:
             batch.touched |= self._book.end(decision.policy_id, decision.decision_seq, decision.ends_at_ms)
         return len(over)
 
-    def reload(self, stored: Iterable[tuple[str, bytes | None]], rule_data: Callable[[str], bytes], batch: Batch) -> None:
+    def reload(self, stored: Iterable[tuple[str, bytes | None, int]], rule_data: Callable[[str], bytes], batch: Batch) -> None:
         """Ask for the rules of all standing decisions again, after a start: those stored, or made from ``rule_data``."""
         # What was admitted once is asserted again even where the surroundings cannot be read now; only new rules are refused.
         known = guard.Protected(self.conditions.protected.networks)
-        for policy_id, packed in stored:
+        for policy_id, packed, end_ms in stored:
             # The book's own text, not its copy in the row: one for all that keep it.
             decision = self._book.decisions[policy_id]
             policy_id, until_ms = decision.policy_id, self._until(decision)
+            # A renewal that waits gives the rules before it no more time than they had.
+            until_ms = min(until_ms, end_ms or until_ms)
             if packed is None:
                 found = self._made_again(parse(rule_data(policy_id)), decision, known)
             else:

@@ -273,8 +273,10 @@ class Enforcer:
             if ack is not None and self._ports.seal is not None:
                 acks.append((ack.policy_id, self._ports.seal(ack)))
         standing, tombstones = self._book.changes(batch.undo)
-        packed = {item.policy_id: pack(self._book.desired.rules_of(item.policy_id)) for item in standing if not item.held}
-        changes = Changes(standing, packed, tombstones, tuple(acks), batch.height, self._admission.newest_block_ms)
+        found = {item: self._book.desired.rules_of(item.policy_id) for item in standing}
+        packed = {item.policy_id: pack(rules_) for item, rules_ in found.items() if rules_ or not item.held}
+        until = {item.policy_id: rules_[0].element.expires_at_ms for item, rules_ in found.items() if rules_ and item.held}
+        changes = Changes(standing, packed, until, tombstones, tuple(acks), batch.height, self._admission.newest_block_ms)
         try:
             await asyncio.to_thread(self._store, changes, batch.parked)
         except StateError:

@@ -26,13 +26,13 @@ from cybermesh.enforce.decisions import Decision, Mode, Tombstone
 
 FILE_NAME: Final = "agent.sqlite"
 PARKED_MAX: Final = 1_000
-_VERSION: Final = 2
+_VERSION: Final = 3
 _BUSY_MS: Final = 5_000
 _SCHEMA: Final = """
 CREATE TABLE decisions (
     policy_id TEXT PRIMARY KEY, decision_seq INTEGER NOT NULL, rule_data BLOB NOT NULL, rule_hash BLOB NOT NULL,
     ends_at_ms INTEGER NOT NULL, height INTEGER NOT NULL, reference TEXT NOT NULL, requires_ack INTEGER NOT NULL,
-    held TEXT NOT NULL, rules BLOB) STRICT;
+    held TEXT NOT NULL, rules BLOB, rules_until_ms INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE tombstones (policy_id TEXT PRIMARY KEY, decision_seq INTEGER NOT NULL, until_ms INTEGER NOT NULL) STRICT;
 CREATE TABLE acks (id INTEGER PRIMARY KEY AUTOINCREMENT, policy_id TEXT NOT NULL, body BLOB NOT NULL) STRICT;
 CREATE TABLE parked (
@@ -44,9 +44,10 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 
 
 _PUT_DECISION: Final = """
-INSERT INTO decisions VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT (policy_id) DO UPDATE SET
+INSERT INTO decisions VALUES (?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (policy_id) DO UPDATE SET
     decision_seq=excluded.decision_seq, rule_hash=excluded.rule_hash, ends_at_ms=excluded.ends_at_ms, height=excluded.height,
     reference=excluded.reference, requires_ack=excluded.requires_ack, held=excluded.held, rules=excluded.rules,
+    rules_until_ms=excluded.rules_until_ms,
     rule_data=CASE WHEN length(excluded.rule_data) THEN excluded.rule_data ELSE rule_data END
 """
 
@@ -88,11 +89,13 @@ class Pending:
 class Changes:
     """What one batch changes; a policy that ended has a tombstone and is deleted from the decisions.
 
-    ``rules`` holds the packed rules of decisions by policy. A decision without ``rule_data`` keeps what is stored.
+    ``rules`` holds the packed rules of decisions by policy; those of a held one are of the decision before it, and
+    ``rules_until`` has their end in milliseconds since 1970. A decision without ``rule_data`` keeps what is stored.
     """
 
     decisions: tuple[Decision, ...] = ()
     rules: Mapping[str, bytes] = field(default_factory=dict)
+    rules_until: Mapping[str, int] = field(default_factory=dict)
     tombstones: tuple[Tombstone, ...] = ()
     acks: tuple[tuple[str, bytes], ...] = ()
     height: int = 0
@@ -143,8 +146,10 @@ class State:
                 for statement in filter(None, (part.strip() for part in _SCHEMA.split(";"))):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version={_VERSION}")
-            elif version == 1:
-                self._db.execute("ALTER TABLE decisions ADD COLUMN rules BLOB")
+            elif version in (1, 2):
+                if version == 1:
+                    self._db.execute("ALTER TABLE decisions ADD COLUMN rules BLOB")
+                self._db.execute("ALTER TABLE decisions ADD COLUMN rules_until_ms INTEGER NOT NULL DEFAULT 0")
                 self._db.execute(f"PRAGMA user_version={_VERSION}")
             elif version != _VERSION:
                 raise StateError(f"{self.path}: version {version}, this program knows {_VERSION}; update cybermesh")
@@ -161,10 +166,15 @@ class State:
             tombstones = self._db.execute("SELECT * FROM tombstones").fetchall()
         return decisions, {row[0]: Tombstone(*row) for row in tombstones}
 
-    def rules(self) -> list[tuple[str, bytes | None]]:
-        """Return the packed rules of all standing decisions; None where an earlier version has not stored them."""
+    def rules(self) -> list[tuple[str, bytes | None, int]]:
+        """Return the packed rules of all decisions that have some, and their end where it is not the decision's, else 0.
+
+        The rules are None where an earlier version has not stored them.
+        """
         with self._translating():
-            return self._db.execute("SELECT policy_id, rules FROM decisions WHERE held=''").fetchall()
+            return self._db.execute(
+                "SELECT policy_id, rules, rules_until_ms FROM decisions WHERE held='' OR rules IS NOT NULL"
+            ).fetchall()
 
     def rule_data(self, policy_id: str) -> bytes:
         """Return the rule of a decision, b"" if there is none."""
@@ -189,6 +199,7 @@ class State:
                         d.requires_ack,
                         d.held,
                         changes.rules.get(d.policy_id),
+                        changes.rules_until.get(d.policy_id, 0),
                     )
                     for d in changes.decisions
                 ],

@@ -558,6 +558,7 @@ async def test_a_database_of_the_version_before_is_read_and_its_rules_are_made_a
     )
     before = host.installed()
     host.state._db.execute("ALTER TABLE decisions DROP COLUMN rules")
+    host.state._db.execute("ALTER TABLE decisions DROP COLUMN rules_until_ms")
     host.state._db.execute("PRAGMA user_version=1")
     await host.restart()
     assert host.installed() == before
@@ -581,3 +582,16 @@ async def test_a_restart_holds_what_has_become_protected_or_too_wide_meanwhile(h
     await host.restart()
     assert host.installed() == {}
     assert host.enforcer.status()["held"] == {"PROTECTED_TARGET": 1, "PREFIX_TOO_WIDE": 1}
+
+
+async def test_a_restart_while_a_renewal_waits_keeps_the_ban_before_it_and_its_end(host: Host) -> None:
+    await host.enforcer.handle([event("p", 1, ttl_s=60)])
+    host.state.order_kill_switch(True)
+    await host.restart()
+    await host.enforcer.handle([event("p", 2, ttl_s=600)])
+    assert host.installed() == {"drop from 203.0.113.9": 60}
+    await host.restart()
+    assert host.installed() == {"drop from 203.0.113.9": 60}
+    host.state.order_kill_switch(False)
+    await host.restart()
+    assert host.installed() == {"drop from 203.0.113.9": 600}
