@@ -205,7 +205,8 @@ class EpochChange:
     """The committee of ``epoch`` with its proof (topic ``control.policy.v1``).
 
     ``headers`` and ``certificate`` are consensus' canonical bytes: the epoch-ending block's header and those after it up to the
-    certificate's parent. ``last_height`` is that of the epoch before; ``committee`` stands in order of public key.
+    certificate's parent. ``last_height`` is that of the epoch before; ``committee`` stands in order of public key. ``step``
+    proves it: the receipt that names the committee, in the log of a block that the committee before has committed.
     """
 
     epoch: int
@@ -218,6 +219,7 @@ class EpochChange:
     signature: bytes
     pubkey: bytes
     alg: str = ED25519
+    step: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,9 +38,10 @@ from cybermesh.genesis import VALIDATORS_MAX, Genesis
 from cybermesh.keys import verify
 from cybermesh.ledger import encoding
 from cybermesh.ledger.merkle import AppendedHashes, inclusion_path, leaf_hash, root_from_inclusion
-from cybermesh.ledger.receipts import Change, DecisionEffect, Receipt
+from cybermesh.ledger.receipts import DecisionEffect, Receipt
 from cybermesh.ledger.state import Applied, state_root
-from cybermesh.messages import PolicyAction, PolicyUpdate
+from cybermesh.messages import PolicyUpdate
+from cybermesh.policy_update import update_of as update_of
 
 FORMAT: Final = "cybermesh/proof/1"
 LATER_HEADERS_MAX: Final = 4_096
@@ -275,6 +276,9 @@ def _restored(before: Header, short: LaterHeader) -> Header:
     )
 
 
+Members = tuple[tuple[bytes, str], ...]
+
+
 class Verifier:
     """Checks proofs against one genesis, offline. What many proofs share is checked once: a block's certificate.
 
@@ -285,10 +289,26 @@ class Verifier:
         """Take the genesis, and of epochs that are known to have ended the last height: a proof counts only up to it."""
         self._genesis = genesis
         self._last_heights = {} if last_heights is None else dict(last_heights)
+        self.steps: list[EpochStep] = []  # that proofs have shown so far, from the first one on
+        self.members = tuple((member.pubkey, member.name) for member in genesis.committee)
         self._good: dict[tuple[bytes, Certificate], tuple[int, ...]] = {}
 
+    @property
+    def epoch(self) -> int:
+        """The newest epoch whose committee is known."""
+        return FIRST_EPOCH + len(self.steps)
+
+    def learn(self, step: EpochStep) -> None:
+        """Take the step from the newest known committee to the next one; from then on no proof of the old one counts above it.
+
+        Raises:
+            ProofError: it does not show that; nothing is taken.
+        """
+        _check_sizes(step)
+        self._next_committee(step, self.epoch, self.members, self._last_heights.get(self.epoch - 1, 0))
+
     def proof(self, data: bytes) -> Proven:
-        """Return what a proof shows.
+        """Return what a proof shows; the changes of the committee that it shows are learned.
 
         Raises:
             ProofError: with the step that failed.
@@ -297,17 +317,31 @@ class Verifier:
         members = tuple((member.pubkey, member.name) for member in self._genesis.committee)
         height = 0
         for epoch, step in enumerate(body.epochs, start=FIRST_EPOCH):
-            shown = self._step(step, epoch, members)
-            change = step.receipt.committee
-            if change is None or len(change.names) != len(change.members) or shown.header.height <= height:
-                raise ProofError(Step.EPOCH, f"the proof does not show who follows the committee of epoch {epoch}")
-            members, height = tuple(zip(change.members, change.names, strict=True)), shown.header.height
+            members, height = self._next_committee(step, epoch, members, height)
         epoch = FIRST_EPOCH + len(body.epochs)
         proven = self._step(body, epoch, members)
         last = self._last_heights.get(epoch, proven.header.height)
         if not height < proven.header.height <= last:
             raise ProofError(Step.EPOCH, f"height {proven.header.height} is not one of epoch {epoch}")
         return proven
+
+    def _next_committee(self, step: EpochStep, epoch: int, members: Members, above: int) -> tuple[Members, int]:
+        """Return who follows the members of an epoch and its last height, and remember it if it is news."""
+        shown = self._step(step, epoch, members)
+        change, height = step.receipt.committee, shown.header.height
+        if change is None or len(change.names) != len(change.members) or height <= above:
+            raise ProofError(Step.EPOCH, f"the proof does not show who follows the committee of epoch {epoch}")
+        # A committee ends once: another end, made up later by those who have left, is none.
+        if self._last_heights.get(epoch, height) != height:
+            raise ProofError(Step.EPOCH, f"epoch {epoch} ended at height {self._last_heights[epoch]}, not at {height}")
+        following = tuple(zip(change.members, change.names, strict=True))
+        if epoch == self.epoch:
+            self.steps.append(step)
+            self.members = following
+            self._last_heights[epoch] = height
+        elif step.receipt != self.steps[epoch - FIRST_EPOCH].receipt:
+            raise ProofError(Step.EPOCH, f"epoch {epoch} ended with another committee")
+        return following, height
 
     def _step(self, body: ProofBody | EpochStep, epoch: int, members: tuple[tuple[bytes, str], ...]) -> Proven:
         """Check everything that one committee must have agreed to."""
@@ -445,36 +479,6 @@ def _check_certificate(certificate: Certificate, last: Header, committee: Commit
         if not verify(committee.public_keys[vote.validator], message, vote.signature):
             raise ProofError(Step.CERTIFICATE_SIGNATURES, f"validator {vote.validator} did not sign this")
     return voters
-
-
-_ACTIONS: Final = {
-    Change.OPENED: PolicyAction.ADD,
-    Change.RENEWED: PolicyAction.UPDATE,
-    Change.ENDED: PolicyAction.REMOVE,
-}
-
-
-def update_of(header: Header, effect: DecisionEffect, rule_data: bytes, proof: bytes) -> PolicyUpdate:
-    """Return the unsigned update that tells agents of a proven decision; every field follows from the proof."""
-    return PolicyUpdate(
-        policy_id=effect.policy_id,
-        action=_ACTIONS[effect.change],
-        rule_type=effect.rule_type,
-        rule_data=rule_data,
-        rule_hash=effect.rule_hash,
-        requires_ack=True,
-        rollback_policy_id="",
-        timestamp=header.time_ms // 1_000,
-        effective_height=header.height,
-        expiration_height=0,
-        producer_id=b"",
-        signature=b"",
-        pubkey=b"",
-        proof=proof,
-        decision_seq=effect.decision_seq,
-        expires_at_ms=effect.expires_at_ms,
-        epoch=header.epoch,
-    )
 
 
 _SENDERS_OWN: Final = frozenset({"producer_id", "signature", "pubkey", "alg"})

@@ -252,6 +252,15 @@ class State:
             db.execute("DELETE FROM parked")
         return [row[0] for row in rows]
 
+    def epochs(self) -> list[bytes]:
+        """Return the kept changes of the committee, in their order."""
+        return [bytes.fromhex(step) for step in self.text("epochs").split()]
+
+    def keep_epochs(self, steps: Iterable[bytes]) -> None:
+        """Keep the changes of the committee, all of them: after a restart no proof of an older one may count again."""
+        with self._transaction():
+            self._set("epochs", " ".join(step.hex() for step in steps))
+
     def orders(self) -> Orders:
         """Return what the operator of this host wants."""
         with self._translating():

@@ -1,7 +1,8 @@
 """The agent role: proven decisions in, firewall rules and signed acks out.
 
 A decision is acknowledged on the bus only when what became of it is in the agent's database; its ack is published from there,
-again and again until the bus has it. The quorum proof is checked against the genesis; nothing else in a message is believed.
+again and again until the bus has it. The quorum proof is checked against the genesis and the changes of the committee that
+proofs have shown since; nothing else in a message is believed.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from cybermesh import proof
 from cybermesh.bus import Bus, BusError, Delivery, Subscription
@@ -21,7 +23,7 @@ from cybermesh.enforce.backends import Backend
 from cybermesh.enforce.decisions import EpochUnknownError, ProofError, Proven
 from cybermesh.enforce.enforcer import Enforcer, Ports
 from cybermesh.enforce.state import State, StateError
-from cybermesh.envelope import EnvelopeError
+from cybermesh.envelope import Code, EnvelopeError
 from cybermesh.envelope.nonces import NonceSource
 from cybermesh.genesis import Genesis
 from cybermesh.keys import SigningKey
@@ -29,9 +31,11 @@ from cybermesh.log import logger
 from cybermesh.messages import Ack, EpochChange, PolicyAction, PolicyUpdate
 from cybermesh.metrics import Figures
 from cybermesh.roles.clock import Clock
-from cybermesh.roles.ring import control_domains, key_ring
+from cybermesh.roles.ring import committee_ring, control_domains
 from cybermesh.wire import codec
 from cybermesh.wire.control import open_policy, seal
+
+T = TypeVar("T")
 
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 5.0
@@ -62,9 +66,11 @@ class AgentRole:
     def __init__(self, parts: AgentParts) -> None:
         self._parts = parts
         self._log = logger(role="agent", name=parts.name)
-        self._ring = key_ring(parts.genesis)
         self._domains = control_domains(parts.genesis)
         self._verifier = proof.Verifier(parts.genesis)
+        self._restore_epochs()
+        self._ring = committee_ring(parts.genesis, self._verifier.members)
+        self._epochs_kept = self._verifier.epoch
         self._is_open = False
         ports = Ports(self._prove, self._seal, parts.look, parts.clock.wall_ms)
         place = Place(scope=parts.name, instance=parts.name, limits=parts.limits)
@@ -126,7 +132,10 @@ class AgentRole:
     async def _take(self, batch: list[Delivery]) -> None:
         """Return when what became of the messages is durable, or they were refused for what they are."""
         updates = await asyncio.to_thread(lambda: [item for delivery in batch if (item := self._read(delivery)) is not None])
-        for outcome in await self._handle(updates) if updates else ():
+        outcomes = await self._patiently(lambda: self.enforcer.handle(updates)) if updates else []
+        if self._verifier.epoch != self._epochs_kept:
+            outcomes = [*outcomes, *await self._begin_epoch()]
+        for outcome in outcomes:
             self._log.info(
                 "decision_handled",
                 policy_id=outcome.policy_id,
@@ -138,22 +147,71 @@ class AgentRole:
 
     def _read(self, delivery: Delivery) -> PolicyUpdate | None:
         try:
-            update = open_policy(delivery.value, self._ring, self._domains)
+            update = self._open(delivery.value)
         except EnvelopeError as error:
             self.refused[error.code] += 1
             self._log.warning("decision_refused", offset=delivery.offset, code=error.code, reason=error.text)
             return None
         if isinstance(update, EpochChange):
-            # No committee of this version can change (the ledger answers NOT_READY), so this one proves nothing.
-            self.refused["EPOCH_CHANGE"] += 1
+            self._learn(update)
             return None
         return update
 
-    async def _handle(self, updates: list[PolicyUpdate]) -> list[Outcome]:
+    def _open(self, raw: bytes) -> PolicyUpdate | EpochChange:
+        """Read a message and check that a member of the newest committee sent it, of the one that it proves itself if need be.
+
+        Raises:
+            EnvelopeError: the first fault found.
+        """
+        try:
+            message = open_policy(raw, self._ring, self._domains)
+        except EnvelopeError as error:
+            if error.code is not Code.UNKNOWN_PRODUCER or not self._learn(_unchecked(raw)):
+                raise
+        else:
+            if isinstance(message, EpochChange) or not self._learn(message):
+                return message
+        return open_policy(raw, self._ring, self._domains)
+
+    def _learn(self, message: PolicyUpdate | EpochChange) -> bool:
+        """Return whether the message proves a committee that was not known; who delivers a proof does not matter."""
+        before = self._verifier.epoch
+        if message.epoch <= before:
+            return False
+        try:
+            if isinstance(message, PolicyUpdate):
+                self._verifier.proof(message.proof)
+            elif message.epoch == before + 1:
+                self._verifier.learn(proof.decode_step(message.step))
+        except proof.ProofError as error:
+            self._log.warning("epoch_not_proven", epoch=message.epoch, step=error.step.value, reason=error.reason)
+            self.refused[f"EPOCH_{error.step.value}"] += 1
+        if self._verifier.epoch == before:
+            return False
+        self._ring = committee_ring(self._parts.genesis, self._verifier.members)
+        self._log.info("epoch_began", epoch=self._verifier.epoch, members=len(self._verifier.members))
+        return True
+
+    async def _begin_epoch(self) -> list[Outcome]:
+        """Keep the committees learned, and try again what had come before its committee was known."""
+        steps = [proof.encode_step(step) for step in self._verifier.steps]
+        await self._patiently(lambda: asyncio.to_thread(self._parts.state.keep_epochs, steps))
+        self._epochs_kept = self._verifier.epoch
+        return await self._patiently(self.enforcer.release_parked)
+
+    def _restore_epochs(self) -> None:
+        try:
+            for step in self._parts.state.epochs():
+                self._verifier.learn(proof.decode_step(step))
+        except (ValueError, proof.ProofError) as error:
+            raise StateError(f"the kept changes of the committee do not follow from this genesis: {error}") from error
+
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do the work, again and again while the agent's database is away."""
         pause_s = RETRY_FIRST_S
         while True:
             try:
-                return await self.enforcer.handle(updates)
+                return await work()
             except StateError as error:
                 self._log.error("state_unavailable", reason=str(error))
                 await asyncio.sleep(pause_s)
@@ -192,7 +250,8 @@ class AgentRole:
         try:
             proven, effect = self._verifier.update(update)
         except proof.ProofError as error:
-            kind = EpochUnknownError if error.step is proof.Step.EPOCH else ProofError
+            is_unknown = error.step is proof.Step.EPOCH and update.epoch > self._verifier.epoch
+            kind = EpochUnknownError if is_unknown else ProofError
             raise kind(error.step.value, error.reason) from error
         return Proven(
             policy_id=effect.policy_id,
@@ -209,6 +268,11 @@ class AgentRole:
     def _seal(self, ack: Ack) -> bytes:
         nonce = self._parts.nonces.next(self._parts.clock.wall_ms())
         return codec.encode(seal(replace(ack, nonce=nonce), self._parts.key, self._domains))
+
+
+def _unchecked(raw: bytes) -> PolicyUpdate | EpochChange:
+    """Return a message whose sender is not checked; it has been read before."""
+    return codec.EPOCH_CHANGE.decode(raw) if codec.is_epoch_change(raw) else codec.POLICY_UPDATE.decode(raw)
 
 
 async def _read_ahead(deliveries: Subscription, waiting: asyncio.Queue[Delivery | None]) -> None:

@@ -14,7 +14,7 @@ Rules:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, cast
@@ -25,7 +25,7 @@ from cybermesh.consensus.committee import Committee
 from cybermesh.consensus.types import Block, Header, MalformedError, merkle_root
 from cybermesh.envelope import EnvelopeError
 from cybermesh.genesis import Genesis
-from cybermesh.keys import verify
+from cybermesh.keys import PUBLIC_BYTES, KeyRing, verify
 from cybermesh.ledger.encoding import EncodingError
 from cybermesh.ledger.snapshot import decode_snapshot
 from cybermesh.ledger.state import Applied, InvalidBlock, LedgerBlock, State
@@ -34,7 +34,7 @@ from cybermesh.proof import EpochStep, encode_step
 from cybermesh.roles import records
 from cybermesh.roles.audit_findings import Finding, FoundError, compare, found
 from cybermesh.roles.audit_pruned import PrunedChain
-from cybermesh.roles.ring import control_domains, key_ring
+from cybermesh.roles.ring import committee_ring, control_domains
 from cybermesh.store.records import (
     CommittedBlock,
     StoredAck,
@@ -113,7 +113,7 @@ class Auditor:
         self._progress = progress
         self._committee = Committee.of(genesis.chain_id, (member.pubkey for member in genesis.validators))
         self._verifier = CertificateVerifier(self._committee, verify, self._committee.genesis_cert())
-        self._ring, self._domains = key_ring(genesis), control_domains(genesis)
+        self._ring, self._domains = _senders(genesis, ()), control_domains(genesis)
         self._state = State.at_genesis(genesis)
         self._parent = self._committee.genesis_hash()
         self._open: list[tuple[Block, Applied]] = []
@@ -135,6 +135,7 @@ class Auditor:
             raise AuditError("the store holds no block: nothing to audit")
         self._snapshots = {snapshot.height: snapshot for snapshot in await self._rows.all(StoredSnapshot)}
         self._epochs = {row.first_height: row for row in await self._rows.all(StoredEpoch)}
+        self._ring = _senders(self._genesis, self._epochs.values())
         try:
             first = await self._start(bounds[0])
             await self._walk(first, bounds[1])
@@ -466,3 +467,12 @@ def first_unsigned(payloads: Sequence[bytes], accept_unbound_fields: bool) -> in
 def _by_height(into: dict[int, list[T]], rows: Sequence[T]) -> None:
     for row in rows:
         into.setdefault(getattr(row, HEIGHT), []).append(row)
+
+
+def _senders(genesis: Genesis, epochs: Iterable[StoredEpoch]) -> KeyRing:
+    """Return who may have signed what a store publishes: a member of any committee, for it catches up on earlier blocks."""
+    members = {member.pubkey: member.name for member in genesis.validators}
+    for row in epochs:
+        keys = (row.committee[start : start + PUBLIC_BYTES] for start in range(0, len(row.committee), PUBLIC_BYTES))
+        members = {key: key.hex()[:16] for key in keys} | members
+    return committee_ring(genesis, tuple(members.items()))

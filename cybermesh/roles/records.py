@@ -125,6 +125,7 @@ def of_epoch(
     """Return what says that a committee has taken over after this block: the row, and the message to agents and auditors."""
     assert applied.next_committee is not None
     header, step = evidence.headers[0], evidence.step(applied, genesis)
+    kept = None if step is None else proof.encode_step(step)
     names = {member.pubkey: member.name for member in genesis.validators} | dict(applied.state.committee)
     epoch, members = header.epoch + 1, sorted(applied.next_committee)
     change = EpochChange(
@@ -137,9 +138,10 @@ def of_epoch(
         producer_id=b"",
         signature=b"",
         pubkey=b"",
+        step=kept or b"",
     )
     sealed = seal_it(change)
-    stored = StoredEpoch(epoch, header.height + 1, b"".join(members), sealed, None if step is None else proof.encode_step(step))
+    stored = StoredEpoch(epoch, header.height + 1, b"".join(members), sealed, kept)
     return stored, OutboxEvent(EPOCH_EVENT, epoch, topics.control_policy, str(epoch).encode(), sealed)
 
 

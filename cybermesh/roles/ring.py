@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cybermesh.genesis import Genesis
 from cybermesh.keys import KeyHolder, KeyRing
@@ -11,6 +11,7 @@ from cybermesh.messages import MessageType
 from cybermesh.wire.admission import AdmissionRules
 from cybermesh.wire.control import ControlDomains
 
+_Members = Sequence[tuple[bytes, str]]
 _VALIDATOR_TYPES = frozenset({MessageType.COMMIT, MessageType.POLICY_UPDATE, MessageType.EPOCH_CHANGE})
 
 
@@ -26,8 +27,14 @@ def ledger_ring(genesis: Genesis, state: State) -> KeyRing:
     return _ring(genesis, [*producers, *(_operator(record.name, key) for key, record in state.tables.operators.items())])
 
 
-def _ring(genesis: Genesis, senders: Iterable[KeyHolder]) -> KeyRing:
-    members = (KeyHolder(member.name, member.pubkey, _VALIDATOR_TYPES) for member in genesis.validators)
+def committee_ring(genesis: Genesis, members: _Members) -> KeyRing:
+    """Return who may sign control messages when ``members`` (keys, names) are the validators, not those of the genesis."""
+    return _ring(genesis, (), members)
+
+
+def _ring(genesis: Genesis, senders: Iterable[KeyHolder], committee: _Members | None = None) -> KeyRing:
+    validators = [(member.pubkey, member.name) for member in genesis.validators] if committee is None else committee
+    members = (KeyHolder(name, key, _VALIDATOR_TYPES) for key, name in validators)
     agents = (KeyHolder(agent.name, agent.pubkey, frozenset({MessageType.ACK})) for agent in genesis.agents)
     return KeyRing([*senders, *members, *agents])
 

@@ -222,6 +222,7 @@ class EpochChange(_message.Message):
     SIGNATURE_FIELD_NUMBER: _builtins.int
     PUBKEY_FIELD_NUMBER: _builtins.int
     ALG_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """the epoch that begins"""
     last_height: _builtins.int
@@ -233,6 +234,8 @@ class EpochChange(_message.Message):
     signature: _builtins.bytes
     pubkey: _builtins.bytes
     alg: _builtins.str
+    step: _builtins.bytes
+    """the proof that the ending epoch's committee named this one, as decision proofs carry it (docs/proof-format.md)"""
     @_builtins.property
     def headers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """canonical headers, from the epoch-ending block up to the certificate's parent"""
@@ -254,10 +257,11 @@ class EpochChange(_message.Message):
         signature: _builtins.bytes = ...,
         pubkey: _builtins.bytes = ...,
         alg: _builtins.str = ...,
+        step: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alg", b"alg", "certificate", b"certificate", "committee", b"committee", "epoch", b"epoch", "headers", b"headers", "last_height", b"last_height", "producer_id", b"producer_id", "pubkey", b"pubkey", "signature", b"signature", "timestamp", b"timestamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alg", b"alg", "certificate", b"certificate", "committee", b"committee", "epoch", b"epoch", "headers", b"headers", "last_height", b"last_height", "producer_id", b"producer_id", "pubkey", b"pubkey", "signature", b"signature", "step", b"step", "timestamp", b"timestamp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
