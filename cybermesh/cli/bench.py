@@ -294,6 +294,9 @@ def ledger(
 ) -> None:
     """Measure executing and storing blocks at growing histories, an audit, and a proof.
 
+    The history is made, not lived: decisions and nonces are put into the state, and the rows below the head are short, but as
+    many, with every index. Admission (decoding, signatures) is outside the times, except the audit's.
+
     Example: cybermesh bench ledger --json
     """
     from cybermesh.cli import bench_ledger
