@@ -52,6 +52,13 @@ class Subscription(Protocol):
         """Yield deliveries until the subscription is closed."""
         ...
 
+    async def take(self, count_max: int, bytes_max: int) -> list[Delivery]:
+        """Return what has arrived, having waited for the first one; empty once the subscription is closed.
+
+        At most ``count_max``, and nothing after the delivery whose value brings the sum of values to ``bytes_max``.
+        """
+        ...
+
     async def ack(self, delivery: Delivery) -> None:
         """Mark the delivery, and every earlier one of its partition, as processed durably."""
         ...

@@ -20,7 +20,7 @@ Place = tuple[str, int]  # topic and partition
 
 
 class Arrivals:
-    """Deliveries between the fetcher and the role that takes them one by one."""
+    """Deliveries between the fetcher and the role that takes them."""
 
     def __init__(self) -> None:
         self._waiting: deque[Delivery] = deque()
@@ -50,6 +50,17 @@ class Arrivals:
         delivery = self._waiting.popleft()
         self.size_bytes -= _size(delivery)
         return delivery
+
+    def take_many(self, count_max: int, bytes_max: int) -> list[Delivery]:
+        """Return the oldest deliveries within the bounds of ``bus.Subscription.take``; empty when there are none."""
+        taken: list[Delivery] = []
+        size_bytes = 0
+        while self._waiting and len(taken) < count_max and size_bytes < bytes_max:
+            delivery = self._waiting.popleft()
+            taken.append(delivery)
+            size_bytes += len(delivery.value)
+            self.size_bytes -= _size(delivery)
+        return taken
 
     async def arrived(self) -> None:
         """Wait until there is something to take, or the end."""

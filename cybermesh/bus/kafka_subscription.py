@@ -84,12 +84,22 @@ class KafkaSubscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aio
         while True:
             delivery = self._arrivals.take()
             if delivery is not None:
-                if not self._is_above(0.5):
-                    self._room.set()
+                self._say_room()
                 return delivery
             if self._arrivals.has_ended:
                 raise StopAsyncIteration
             await self._arrivals.arrived()
+
+    async def take(self, count_max: int, bytes_max: int) -> list[Delivery]:
+        """Return what has arrived; see ``bus.Subscription.take``."""
+        await self._arrivals.arrived()
+        taken = self._arrivals.take_many(count_max, bytes_max)
+        self._say_room()
+        return taken
+
+    def _say_room(self) -> None:
+        if not self._is_above(0.5):
+            self._room.set()
 
     async def ack(self, delivery: Delivery) -> None:
         """Mark the delivery and the earlier ones of its partition as processed; the position is committed soon after.

@@ -56,6 +56,15 @@ class LocalSubscription:
                 raise StopAsyncIteration
             await self._arrivals.arrived()
 
+    async def take(self, count_max: int, bytes_max: int) -> list[Delivery]:
+        """Return what has arrived; see ``bus.Subscription.take``."""
+        while True:
+            taken = self._arrivals.take_many(count_max, bytes_max)
+            self._ask()
+            if taken or self._arrivals.has_ended:
+                return taken
+            await self._arrivals.arrived()
+
     def _ask(self) -> None:
         """Ask for more when there is room for another batch."""
         arrivals = self._arrivals

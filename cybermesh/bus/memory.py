@@ -66,15 +66,18 @@ class _Partition:
             self.size_bytes -= len(dropped.key) + len(dropped.value)
         return True
 
-    def next_for(self, group: str) -> Delivery | None:
-        """Return the group's next record and step past it; None when there is none yet."""
+    def next_for(self, group: str, count_max: int, bytes_max: int) -> list[Delivery]:
+        """Return the group's next records within the bounds and step past them."""
         cursor = self.cursors[group]
         cursor.position = max(cursor.position, self.base)
-        if cursor.position >= self.end:
-            return None
-        record = self.records[cursor.position - self.base]
-        cursor.position += 1
-        return record
+        taken: list[Delivery] = []
+        size_bytes = 0
+        while cursor.position < self.end and len(taken) < count_max and size_bytes < bytes_max:
+            record = self.records[cursor.position - self.base]
+            taken.append(record)
+            size_bytes += len(record.value)
+            cursor.position += 1
+        return taken
 
 
 class MemorySubscription:
@@ -92,18 +95,29 @@ class MemorySubscription:
         return self
 
     async def __anext__(self) -> Delivery:
+        taken = await self.take(1, 1)
+        if not taken:
+            raise StopAsyncIteration
+        return taken[0]
+
+    async def take(self, count_max: int, bytes_max: int) -> list[Delivery]:
+        """Return what has arrived; see ``bus.Subscription.take``."""
         while self.is_open:
             self.wake.clear()
+            taken: list[Delivery] = []
+            size_bytes = 0
             for _ in range(len(self.partitions)):
                 # Turning the deque gives every partition its turn, whatever the others hold.
                 self.partitions.rotate(-1)
-                record = self.partitions[-1].next_for(self.group)
-                if record is not None:
-                    return record
-            if self._bus.is_closed:
-                break
+                found = self.partitions[-1].next_for(self.group, count_max - len(taken), bytes_max - size_bytes)
+                taken += found
+                size_bytes += sum(len(record.value) for record in found)
+                if len(taken) >= count_max or size_bytes >= bytes_max:
+                    break
+            if taken or self._bus.is_closed:
+                return taken
             await self.wake.wait()
-        raise StopAsyncIteration
+        return []
 
     async def ack(self, delivery: Delivery) -> None:
         """Mark the delivery and the earlier ones of its partition as processed.

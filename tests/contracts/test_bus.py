@@ -303,6 +303,47 @@ async def _collect(subscription: Subscription) -> list[Delivery]:
     return [delivery async for delivery in subscription]
 
 
+async def test_what_has_arrived_can_be_taken_at_once_within_bounds(bus: Bus, topic: str) -> None:
+    values = [b"%03d" % number for number in range(100)]
+    for value in values:
+        await bus.publish(topic, b"k", value)
+    async with asyncio.timeout(WAIT_S), bus.subscribe([topic], "g") as subscription:
+        taken: list[Delivery] = []
+        while len(taken) < 40:
+            several = await subscription.take(40 - len(taken), 9)
+            assert 1 <= len(several) <= 3, "the third one brings the sum to nine bytes"
+            taken += several
+        while len(taken) < 100:
+            several = await subscription.take(7, 1_000)
+            assert 1 <= len(several) <= 7
+            taken += several
+        assert [delivery.value for delivery in taken] == values
+        await subscription.ack(taken[59])
+    async with bus.subscribe([topic], "g") as subscription:
+        assert [delivery.value for delivery in await take(subscription, 40)] == values[60:]
+
+
+async def test_taking_from_several_partitions_and_one_by_one_loses_and_repeats_nothing(bus: Bus, topic: str) -> None:
+    values = {b"%d" % number for number in range(50)}
+    for value in values:
+        await bus.publish(topic, value, value)
+    seen = []
+    async with asyncio.timeout(WAIT_S), bus.subscribe([topic], "g") as subscription:
+        while len(seen) < 50:
+            seen += [delivery.value for delivery in await subscription.take(11, 1_000)]
+            if len(seen) < 50:
+                seen += [delivery.value for delivery in await take(subscription, 1)]
+    assert len(seen) == 50
+    assert set(seen) == values
+
+
+async def test_whoever_waits_to_take_gets_nothing_once_the_subscription_is_left(bus: Bus, topic: str) -> None:
+    async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as tasks, bus.subscribe([topic], "g") as subscription:
+        waiting = tasks.create_task(subscription.take(10, 1_000), name="waiting")
+        await asyncio.sleep(0)
+    assert waiting.result() == []
+
+
 async def test_acknowledging_after_leaving_is_refused(bus: Bus, topic: str) -> None:
     await bus.publish(topic, b"k", b"v")
     async with bus.subscribe([topic], "g") as subscription:
