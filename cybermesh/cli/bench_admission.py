@@ -45,17 +45,25 @@ from cybermesh.wire import codec
 
 PRODUCERS: Final = 4
 AT_ONCE: Final = 500
-LOOK_S: Final = 0.002
 
 
 class _Everything:
-    """Consensus that takes whatever is offered into a mempool of its own kind."""
+    """Consensus that takes whatever is offered into a mempool of its own kind, and notes when it had so many."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int, last: int) -> None:
         self._mempool = Mempool(bytes_max=GIB, producer_bytes_max=GIB)
+        self._last = last
+        self._counts = (first, last)
+        self.moments: list[_Moment] = []
+        self.done = asyncio.Event()
 
     def submit(self, transaction: PendingTransaction) -> Admission:
-        return self._mempool.add(transaction)
+        admission = self._mempool.add(transaction)
+        if (count := len(self._mempool)) in self._counts:
+            self.moments.append(_Moment.now(count))
+            if count == self._last:
+                self.done.set()
+        return admission
 
     async def room(self) -> None:
         raise AssertionError("the mempool of the measurement has room for everything")
@@ -77,7 +85,8 @@ def make_messages(deployment: Deployment, count: int, now_ms: int) -> list[Anoma
             "alert_id": f"{number:064x}",
             "revision": 1,
         }
-        stamp = Stamp(deployment.keys[f"ai-{number % PRODUCERS + 1}"], now_ms // 1000, Nonce(now_ms, 1, number).encode())
+        nonce = Nonce(now_ms, 1, number // PRODUCERS).encode()
+        stamp = Stamp(deployment.keys[f"ai-{number % PRODUCERS + 1}"], now_ms // 1000, nonce)
         content = AnomalyContent(str(uuid.UUID(int=number)), "brute_force", entity, entity, 8, 0.97, "bench", details)
         made.append(sign_anomaly(content, stamp))
     return made
@@ -128,20 +137,15 @@ async def admission_rate(bus: Bus, deployment: Deployment, messages: list[Anomal
         around = Surroundings("bench", topics.ai_anomalies, topics, bus, store, SystemClock(), threads)
         application = LedgerApplication(deployment.genesis, time.monotonic)
         intake = Intake(deployment.genesis, around, application, Patience(log.logger(role="bench")))
+        everything = _Everything(len(messages) // 10, len(messages))
         async with asyncio.TaskGroup() as group:
-            running = group.create_task(intake.run(_Everything()), name="intake")
-            first = await _admitted(intake, len(messages) // 10)
-            last = await _admitted(intake, len(messages))
+            running = group.create_task(intake.run(everything), name="intake")
+            await everything.done.wait()
             running.cancel()
         assert not intake.counts.refused
         assert len(await store.mempool.load()) == len(messages)
+    first, last = everything.moments
     return first.rate_until(last)
-
-
-async def _admitted(intake: Intake, count: int) -> _Moment:
-    while intake.counts.admitted < count:  # noqa: ASYNC110 - a look is all there is
-        await asyncio.sleep(LOOK_S)
-    return _Moment.now(intake.counts.admitted)
 
 
 async def measure(part: str, count: int, cores: int, brokers: str) -> Rate:

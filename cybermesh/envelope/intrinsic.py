@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TypeVar
 
@@ -49,6 +51,28 @@ _BOUND: dict[type, tuple[tuple[str, type, object], ...]] = {
     Policy: (("id", str, ""), ("action", str, ""), ("rule", str, "")),
     OperatorCommand: (("id", str, ""), ("action", str, "")),
 }
+
+
+class _Binding:
+    """Compares the bound fields of one class all at once, which is quicker than one by one; it does not name what differs."""
+
+    def __init__(self, bound: tuple[tuple[str, type, object], ...]) -> None:
+        names = [name for name, _, _ in bound]
+        self._said = operator.itemgetter(*names)
+        self._outer = operator.attrgetter(*names)
+        self._kinds = [kind for _, kind, _ in bound]
+
+    def agree(self, content: Mapping[str, object], message: SignedMessage) -> bool:
+        """Return whether the content names every field with the field's own type and value."""
+        try:
+            said: tuple[object, ...] = self._said(content)
+        except KeyError:
+            return False
+        # The types, too: True equals 1 and 8.0 equals 8.
+        return said == self._outer(message) and list(map(type, said)) == self._kinds
+
+
+_BINDINGS = {message_class: _Binding(bound) for message_class, bound in _BOUND.items()}
 
 
 def check_content_hash(message: SignedMessage) -> None:
@@ -126,10 +150,11 @@ def bind_fields(message: S, *, accept_unbound_fields: bool = False) -> S:
     content = read_content(message)
     if accept_unbound_fields:
         return _taken_from_content(message, content)
-    for name, kind, _ in _BOUND[type(message)]:
-        said = _said(content, name, kind)
-        if said is None or said != getattr(message, name):
-            raise _mismatch(message, name, "says otherwise" if name in content else "does not name it")
+    if not _BINDINGS[type(message)].agree(content, message):
+        for name, kind, _ in _BOUND[type(message)]:
+            said = _said(content, name, kind)
+            if said is None or said != getattr(message, name):
+                raise _mismatch(message, name, "says otherwise" if name in content else "does not name it")
     if isinstance(message, Evidence):
         if content.get("refs") != [ref.hex() for ref in message.refs]:
             raise _mismatch(message, "refs", "says otherwise" if "refs" in content else "does not name them")

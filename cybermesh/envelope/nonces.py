@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from cybermesh.envelope import Code, EnvelopeError
 
@@ -106,7 +107,8 @@ class CounterWindow:
         """Mark a counter that is not below the window."""
         assert not self.is_below(counter)
         if counter > self.highest:
-            self._forget(self.highest + 1, counter)
+            if counter > self.highest + 1:
+                self._forget(self.highest + 1, counter - 1)
             self.highest = counter
         place = counter % WINDOW_COUNTERS
         self._bits[place >> 3] |= 1 << (place & 7)
@@ -117,14 +119,15 @@ class CounterWindow:
             self._bits = bytearray(WINDOW_COUNTERS // 8)
             return
         while first <= last:
-            place = first % WINDOW_COUNTERS
-            whole = min((last - first + 1) >> 3, (WINDOW_COUNTERS - place) >> 3)
-            if place & 7 or whole == 0:
-                self._bits[place >> 3] &= ~(1 << (place & 7))
-                first += 1
+            byte, bit = divmod(first % WINDOW_COUNTERS, 8)
+            count = last - first + 1
+            if bit or count < 8:
+                count = min(count, 8 - bit)
+                self._bits[byte] &= ~(((1 << count) - 1) << bit)
             else:
-                self._bits[place >> 3 : (place >> 3) + whole] = bytes(whole)
-                first += whole << 3
+                count = min(count & ~7, WINDOW_COUNTERS - (byte << 3))
+                self._bits[byte : byte + (count >> 3)] = bytes(count >> 3)
+            first += count
 
 
 @dataclass(slots=True)
@@ -133,11 +136,15 @@ class _Instance:
     last_ms: int
 
 
+_NO_INSTANCES: Final[Mapping[int, _Instance]] = {}
+
+
 class NonceTable:
     """The nonces this node has admitted: at most 64 instances of 8 KB per producer, and the content of the newest 65,536.
 
-    ``check`` changes nothing that matters; ``record`` is called once the message is durable, so that a message that could not
-    be kept may come again. Producers must have been found in a key ring before, or strangers could fill the table.
+    ``check`` changes nothing that matters, ``record`` remembers what passed, ``take`` does both. Who records before the message
+    is durable must not need to take it again. Producers must have been found in a key ring before, or strangers could fill
+    the table.
     """
 
     def __init__(self) -> None:
@@ -170,6 +177,19 @@ class NonceTable:
             raise EnvelopeError(
                 Code.NONCE_REPLAY, "nonce", f"counter {counter} of instance {instance} was used for other content"
             )
+
+    def take(self, producer: bytes, nonce: bytes, content: bytes, now_ms: int) -> None:
+        """Check a nonce and, when it passes, record it.
+
+        Raises:
+            EnvelopeError: as ``check``; nothing is recorded then.
+        """
+        ts_ms, instance, counter = _LAYOUT.unpack(nonce)
+        known = self._producers.get(producer, _NO_INSTANCES).get(instance)
+        # The usual one is above all that its instance has used, and recent: there is nothing to look up then.
+        if known is None or counter <= known.window.highest or ts_ms < now_ms - FLOOR_MS:
+            self.check(producer, nonce, content, now_ms)
+        self.record(producer, nonce, content, now_ms)
 
     def record(self, producer: bytes, nonce: bytes, content: bytes, now_ms: int) -> None:
         """Remember a nonce that ``check`` let pass; recording it twice changes nothing."""

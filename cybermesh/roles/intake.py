@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Protocol
@@ -84,41 +84,6 @@ class MessageCounts:
     letters_left_out: int = 0
 
 
-class _Arrived:
-    """The deliveries of the next batch, gathered while the one before is verified."""
-
-    def __init__(self) -> None:
-        self._gathered: list[Delivery] = []
-        self._size_bytes = 0
-        self._wake = asyncio.Event()
-        self._room = asyncio.Event()
-
-    async def gather(self, deliveries: Subscription) -> None:
-        """Take deliveries while there is room.
-
-        Raises:
-            BusError: the subscription ended, which nobody asked for.
-        """
-        async for delivery in deliveries:
-            self._gathered.append(delivery)
-            self._size_bytes += len(delivery.value)
-            self._wake.set()
-            while len(self._gathered) >= BATCH_MAX or self._size_bytes >= BATCH_BYTES_MAX:
-                self._room.clear()
-                await self._room.wait()
-        raise BusError("the subscription of the signed messages ended; a validator must not seem to listen")
-
-    async def take(self) -> list[Delivery]:
-        """Return whatever has arrived, at least one delivery."""
-        while not self._gathered:
-            self._wake.clear()
-            await self._wake.wait()
-        taken, self._gathered = self._gathered, []
-        self._size_bytes = 0
-        self._room.set()
-        return taken
-
-
 class Intake:
     """Takes messages from the bus for as long as ``run`` runs."""
 
@@ -138,11 +103,10 @@ class Intake:
         """Take messages in batches of whatever has arrived, so that one flush of the journal serves many of them."""
         around = self._around
         await self._reload(proposer)
-        arrived, checked = _Arrived(), asyncio.Queue[list[Checked]](1)
+        checked = asyncio.Queue[Checked](1)
         with Verifier(around.verify_threads) as verifier:
             async with around.bus.subscribe(tuple(self._kinds), around.group) as deliveries, asyncio.TaskGroup() as group:
-                group.create_task(arrived.gather(deliveries), name=f"{around.name} arrivals")
-                group.create_task(self._verify(verifier, arrived, checked), name=f"{around.name} verification")
+                group.create_task(self._verify(verifier, deliveries, checked), name=f"{around.name} verification")
                 while True:
                     await self._keep(proposer, deliveries, await checked.get())
 
@@ -163,47 +127,50 @@ class Intake:
             await self._submit(proposer, pending(entry.payload, message, entry.digest))
         await self._patience.until_done(lambda: self._around.store.mempool.remove(foreign))
 
-    async def _verify(self, verifier: Verifier, arrived: _Arrived, checked: asyncio.Queue[list[Checked]]) -> None:
-        while True:
-            batch = await arrived.take()
+    async def _verify(self, verifier: Verifier, deliveries: Subscription, checked: asyncio.Queue[Checked]) -> None:
+        """Verify whatever has arrived, batch after batch.
+
+        Raises:
+            BusError: the subscription ended, which nobody asked for.
+        """
+        while batch := await deliveries.take(BATCH_MAX, BATCH_BYTES_MAX):
             terms = Terms(self._kinds, self.ring, self._rules, self._around.clock.wall_ms())
             await checked.put(await verifier.check(batch, terms))
+        raise BusError("the subscription of the signed messages ended; a validator must not seem to listen")
 
-    async def _keep(self, proposer: Proposer, deliveries: Subscription, checked: Sequence[Checked]) -> None:
+    async def _keep(self, proposer: Proposer, deliveries: Subscription, checked: Checked) -> None:
         """Acknowledge a batch once every message of it is journaled, known already, or a dead letter."""
         now_ms = self._around.clock.wall_ms()
         fresh: dict[bytes, Admitted] = {}
         refused: list[tuple[Delivery, EnvelopeError]] = []
-        for entry in checked:
-            outcome = entry.outcome
+        for delivery, outcome in zip(checked.batch, checked.outcomes, strict=True):
             if isinstance(outcome, EnvelopeError):
-                refused.append((entry.delivery, outcome))
+                refused.append((delivery, outcome))
                 continue
             message = outcome.message
             try:
-                self._nonces.check(message.pubkey, message.nonce, message.content_hash, now_ms)
+                # Before it is durable, so that a later message of this batch with the same nonce is noticed. Nothing is
+                # kept until the batch is in the journal, and a process that dies before forgets the nonces, too.
+                self._nonces.take(message.pubkey, message.nonce, message.content_hash, now_ms)
             except EnvelopeError as error:
-                refused.append((entry.delivery, error))
+                refused.append((delivery, error))
                 continue
-            # Before it is durable, so that a later message of this batch with the same nonce is noticed. Nothing is
-            # taken until the batch is in the journal, and a process that dies before forgets the nonces, too.
-            self._nonces.record(message.pubkey, message.nonce, message.content_hash, now_ms)
-            fresh[outcome.transaction.digest] = outcome
+            fresh[outcome.digest] = outcome
         if refused:
             await self._refuse(refused)
         if fresh:
-            await self._admit(proposer, fresh, now_ms)
-        for delivery in _newest(checked):
+            await self._admit(proposer, fresh.values(), now_ms)
+        for delivery in _newest(checked.batch):
             await self._patience.until_done(partial(deliveries.ack, delivery))
 
-    async def _admit(self, proposer: Proposer, fresh: Mapping[bytes, Admitted], now_ms: int) -> None:
+    async def _admit(self, proposer: Proposer, fresh: Collection[Admitted], now_ms: int) -> None:
         """Journal messages in one transaction, then offer them to consensus."""
-        entries = [JournaledTransaction(digest, entry.transaction.encode(), now_ms) for digest, entry in fresh.items()]
+        entries = [JournaledTransaction(digest, payload, now_ms) for payload, digest, _ in fresh]
         await self._patience.until_done(lambda: self._around.store.mempool.add(entries))
-        for entry, admitted in zip(entries, fresh.values(), strict=True):
-            self._application.remember(entry.digest)
+        for payload, digest, message in fresh:
+            self._application.remember(digest)
             self.counts.admitted += 1
-            await self._submit(proposer, pending(entry.payload, admitted.message, entry.digest))
+            await self._submit(proposer, pending(payload, message, digest))
 
     async def _submit(self, proposer: Proposer, transaction: PendingTransaction) -> None:
         if proposer.submit(transaction) is not Admission.FULL:
@@ -256,6 +223,6 @@ class Intake:
         return tx_digest(bytes((kind,)) + delivery.value)
 
 
-def _newest(checked: Sequence[Checked]) -> list[Delivery]:
+def _newest(batch: Sequence[Delivery]) -> list[Delivery]:
     """Return the last delivery of each partition: acknowledging it acknowledges those before it."""
-    return list({(entry.delivery.topic, entry.delivery.partition): entry.delivery for entry in checked}.values())
+    return list({(delivery.topic, delivery.partition): delivery for delivery in batch}.values())

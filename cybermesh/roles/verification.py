@@ -40,12 +40,16 @@ class Terms:
     now_ms: int
 
 
+Outcome = Admitted | EnvelopeError
+"""What was found of a delivery: the admitted message, up to its nonce, or the fault."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A delivery with what was found: the admitted message, up to its nonce, or the fault."""
+    """A batch and, in its order, what was found of each delivery."""
 
-    delivery: Delivery
-    outcome: Admitted | EnvelopeError
+    batch: Sequence[Delivery]
+    outcomes: Sequence[Outcome]
 
 
 def default_threads() -> int:
@@ -66,31 +70,29 @@ class Verifier:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    async def check(self, batch: Sequence[Delivery], terms: Terms) -> list[Checked]:
-        """Verify every message of a batch, see ``wire.admission.verify_on_wire``; the outcomes are in the batch's order."""
+    async def check(self, batch: Sequence[Delivery], terms: Terms) -> Checked:
+        """Verify every message of a batch; see ``wire.admission.verify_on_wire``."""
         if len(batch) <= AT_ONCE_MAX and sum(len(delivery.value) for delivery in batch) <= AT_ONCE_BYTES_MAX:
-            return _check_all(batch, terms)
+            return Checked(batch, _check_all(batch, terms))
         size = -(-len(batch) // self._threads)
         loop = asyncio.get_running_loop()
         running = [
             loop.run_in_executor(self._pool, _check_all, batch[start : start + size], terms)
             for start in range(0, len(batch), size)
         ]
-        checked: list[Checked] = []
+        outcomes: list[Outcome] = []
         for part in running:
-            checked += await part
-        return checked
+            outcomes += await part
+        return Checked(batch, outcomes)
 
 
-def _check_all(batch: Sequence[Delivery], terms: Terms) -> list[Checked]:
+def _check_all(batch: Sequence[Delivery], terms: Terms) -> list[Outcome]:
     kinds, ring, rules, now_ms = terms.kinds, terms.ring, terms.rules, terms.now_ms
-    checked = []
+    outcomes: list[Outcome] = []
     for delivery in batch:
-        outcome: Admitted | EnvelopeError
         try:
-            outcome = verify_on_wire(kinds[delivery.topic], delivery.value, now_ms, ring, rules)
+            outcomes.append(verify_on_wire(kinds[delivery.topic], delivery.value, now_ms, ring, rules))
         except EnvelopeError as error:
             # Without its traceback, which would keep every frame of the verification alive until the batch is done.
-            outcome = error.with_traceback(None)
-        checked.append(Checked(delivery, outcome))
-    return checked
+            outcomes.append(error.with_traceback(None))
+    return outcomes

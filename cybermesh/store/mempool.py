@@ -20,7 +20,7 @@ from cybermesh.store.records import JournaledTransaction
 _LOOKUP_MAX = 500
 _ADD_EMBEDDED = """
 INSERT INTO mempool (digest, payload, received_ms)
-SELECT ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM transactions WHERE digest = ?)
+SELECT ?1, ?2, ?3 WHERE NOT EXISTS (SELECT 1 FROM transactions WHERE digest = ?1)
 ON CONFLICT DO NOTHING
 """
 
@@ -79,7 +79,7 @@ class MempoolJournal:
 
 async def _add_embedded(connection: AsyncConnection, transactions: Sequence[JournaledTransaction]) -> None:
     # Past SQLAlchemy's compiler, which would take longer than the database: this statement runs for every message.
-    rows = [(entry.digest, entry.payload, entry.received_ms, entry.digest) for entry in transactions]
+    rows = [(entry.digest, entry.payload, entry.received_ms) for entry in transactions]
     await connection.exec_driver_sql(_ADD_EMBEDDED, rows)
 
 

@@ -107,6 +107,39 @@ def test_a_nonce_that_was_only_checked_may_come_again() -> None:
     assert code_of(table, A, Nonce(NOW, 1, 5), b"content") is None
 
 
+# Few producers, instances and contents, so that they meet; counters about the window's ends, and times about the floor.
+NONCES = st.lists(
+    st.tuples(
+        st.sampled_from([A, B]),
+        st.builds(
+            Nonce,
+            ts_ms=st.sampled_from([NOW, NOW - FLOOR_MS, NOW - FLOOR_MS - 1]),
+            instance=st.integers(0, 1),
+            counter=st.one_of(st.integers(0, 12), st.integers(WINDOW_COUNTERS - 2, WINDOW_COUNTERS + 12)),
+        ),
+        st.sampled_from([b"one", b"other"]),
+    ),
+    max_size=40,
+)
+
+
+@given(NONCES)
+def test_taking_a_nonce_is_checking_and_then_recording_it(offered: list[tuple[bytes, Nonce, bytes]]) -> None:
+    in_one, in_two = NonceTable(), NonceTable()
+    for producer, nonce, content in offered:
+        codes: list[Code | None] = [None, None]
+        try:
+            in_one.take(producer, nonce.encode(), content, NOW)
+        except EnvelopeError as error:
+            codes[0] = error.code
+        try:
+            in_two.check(producer, nonce.encode(), content, NOW)
+            in_two.record(producer, nonce.encode(), content, NOW)
+        except EnvelopeError as error:
+            codes[1] = error.code
+        assert codes[0] == codes[1]
+
+
 def test_producers_and_instances_do_not_share_counters() -> None:
     table = NonceTable()
     admit(table, A, Nonce(NOW, 1, 5), b"x")
