@@ -7,13 +7,16 @@ sends has nearly always the same size. Pieces of one long connection (the same c
 Health checks, polls and updates beat as regularly as malware does, so what is found is a low alert, never a policy; time
 services, names and everything within one's own networks are left out. A key that has been seen often is forgotten last, so
 that a flood of new ones does not push a slow beacon out.
+
+Most flows of most sites go outside, so a call must cost little: columns are taken apart by numpy, and a key is judged after a
+batch, and within one after every ``SIGHTINGS_MIN`` calls, not at each.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import itertools
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -38,20 +41,47 @@ KEYS_MAX = 20_000
 _FEW = 4  # sightings after which a key is no longer among the first to be forgotten
 _TCP, _UDP = 6, 17
 _LEFT_OUT = np.array([53, 67, 68, 123, 137, 138, 161, 1900, 3702, 5353], np.uint16)
-_INSIDE = tuple(
-    ipaddress.ip_network(text)
-    for text in (
-        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "169.254.0.0/16", "100.64.0.0/10", "224.0.0.0/3"),
-        *("0.0.0.0/8", "::1/128", "fc00::/7", "fe80::/10", "ff00::/8"),
-    )
+_INSIDE = (
+    *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "169.254.0.0/16", "100.64.0.0/10", "224.0.0.0/3"),
+    *("0.0.0.0/8", "::1/128", "fc00::/7", "fe80::/10", "ff00::/8"),
 )
+
+
+def _halves(number: int) -> tuple[np.uint64, np.uint64]:
+    return np.uint64(number >> 64), np.uint64(number & (1 << 64) - 1)
+
+
+def _prefix(text: str) -> tuple[tuple[np.uint64, np.uint64], tuple[np.uint64, np.uint64]]:
+    """Return mask and value of a network, 64 bits and 64, as packed addresses have it (IPv4 mapped into IPv6)."""
+    network = ipaddress.ip_network(text)
+    if network.version == 4:
+        network = ipaddress.ip_network(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
+    return _halves(int(network.netmask)), _halves(int(network.network_address))
+
+
+_PREFIXES = tuple(map(_prefix, _INSIDE))
 
 
 @dataclass(slots=True)
 class _Calls:
+    """The last calls of a key; ``unjudged`` of them came after it was judged."""
+
     sport: int = -1
-    starts_us: deque[int] = field(default_factory=lambda: deque(maxlen=SIGHTINGS_MAX))
-    sizes: deque[int] = field(default_factory=lambda: deque(maxlen=SIGHTINGS_MAX))
+    unjudged: int = 0
+    starts_us: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def add(self, sport: int, start_us: int, size: int) -> bool:
+        """Take a call unless it is a piece of the one before; return whether there are enough new ones to judge."""
+        if sport == self.sport:
+            return False
+        self.sport = sport
+        self.unjudged += 1
+        self.starts_us.append(start_us)
+        self.sizes.append(size)
+        if len(self.starts_us) > SIGHTINGS_MAX:
+            del self.starts_us[0], self.sizes[0]
+        return self.unjudged >= SIGHTINGS_MIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +95,10 @@ class Rhythm:
 
 def rhythm(starts_us: Sequence[int], sizes: Sequence[int]) -> Rhythm | None:
     """Return the rhythm of calls (starts in any order, bytes sent), None if they are too few or too dense to have one."""
+    if len(starts_us) < SIGHTINGS_MIN or max(starts_us) - min(starts_us) < SPAN_MIN_US:
+        return None
     starts = sorted(starts_us)
     gaps = [later - earlier for earlier, later in itertools.pairwise(starts)]
-    if len(starts) < SIGHTINGS_MIN or starts[-1] - starts[0] < SPAN_MIN_US:
-        return None
     period = median(gaps)
     if period < PERIOD_MIN_US:
         return None
@@ -98,23 +128,21 @@ class Beacons:
             return []
         answered = flows.features[:, needed[0]] > 0
         of_kind = ((flows.proto == _TCP) | (flows.proto == _UDP)) & ~np.isin(flows.dport, _LEFT_OUT)
-        chosen = _abroad(flows, np.nonzero(answered & of_kind)[0])
+        chosen = np.flatnonzero(answered & of_kind)
+        chosen = chosen[_outside(flows.dst[chosen])]
+        rows = chosen[np.argsort(flows.start_us[chosen], kind="stable")]
+        columns = (flows.sport[rows], flows.start_us[rows], flows.features[rows, needed[1]].astype(np.int64))
         found: list[Finding] = []
-        for row in chosen[np.argsort(flows.start_us[chosen], kind="stable")].tolist():
-            key = (
-                flows.src[row].tobytes()
-                + flows.dst[row].tobytes()
-                + int(flows.dport[row]).to_bytes(2)
-                + bytes([flows.proto[row]])
-            )
+        fresh: dict[bytes, tuple[int, _Calls]] = {}
+        for row, key, *call in zip(rows.tolist(), _keys(flows, rows), *(column.tolist() for column in columns), strict=True):
             calls = self._calls(key)
-            if calls.sport == int(flows.sport[row]):
-                continue
-            calls.sport = int(flows.sport[row])
-            calls.starts_us.append(int(flows.start_us[row]))
-            calls.sizes.append(int(flows.features[row, needed[1]]))
-            if len(calls.starts_us) >= SIGHTINGS_MIN and (finding := _judged(flows, row, calls)) is not None:
-                found.append(finding)
+            if calls.add(*call):
+                found += _judged(flows, row, calls)
+            if calls.unjudged and len(calls.starts_us) >= SIGHTINGS_MIN:
+                fresh[key] = row, calls
+        for row, calls in fresh.values():
+            if calls.unjudged:
+                found += _judged(flows, row, calls)
         return found
 
     def _calls(self, key: bytes) -> _Calls:
@@ -126,20 +154,33 @@ class Beacons:
         return calls
 
 
-def _abroad(flows: FlowBatch, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-    """Return those of ``rows`` whose destination is outside; each destination of a batch is looked at once."""
-    called = flows.dst[rows].view("V16").ravel().tolist()
-    outside = {raw for raw in set(called) if _is_outside(address_text(np.frombuffer(raw, dtype=np.uint8)))}
-    return rows[np.array([raw in outside for raw in called], dtype=np.bool_)]
+def _keys(flows: FlowBatch, rows: npt.NDArray[np.intp]) -> list[bytes]:
+    """Return client, server, port and protocol of each row as 35 bytes."""
+    packed = np.empty((len(rows), 35), dtype=np.uint8)
+    packed[:, :16], packed[:, 16:32] = flows.src[rows], flows.dst[rows]
+    packed[:, 32:34] = flows.dport[rows].astype(">u2").view(np.uint8).reshape(-1, 2)
+    packed[:, 34] = flows.proto[rows]
+    keys: list[bytes] = packed.view("V35").ravel().tolist()
+    return keys
 
 
-def _judged(flows: FlowBatch, row: int, calls: _Calls) -> Finding | None:
+def _outside(addresses: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Mark addresses (uint8[n, 16]) that are in none of the networks inside."""
+    high, low = np.ascontiguousarray(addresses).view(">u8").astype(np.uint64).reshape(-1, 2).T
+    inside = np.zeros(len(addresses), dtype=np.bool_)
+    for (high_mask, low_mask), (high_value, low_value) in _PREFIXES:
+        inside |= ((high & high_mask) == high_value) & ((low & low_mask) == low_value)
+    return ~inside
+
+
+def _judged(flows: FlowBatch, row: int, calls: _Calls) -> list[Finding]:
+    calls.unjudged = 0
     told = rhythm(calls.starts_us, calls.sizes)
     if told is None or told.regular < REGULAR_SHARE or told.same_size < REGULAR_SHARE:
-        return None
+        return []
     source, victim = address_text(flows.src[row]), address_text(flows.dst[row])
     count = len(calls.starts_us)
-    return Finding(
+    finding = Finding(
         engine="statistics",
         type="botnet",
         entity=source,
@@ -164,8 +205,4 @@ def _judged(flows: FlowBatch, row: int, calls: _Calls) -> Finding | None:
             "calls": count,
         },
     )
-
-
-def _is_outside(address: str) -> bool:
-    parsed = ipaddress.ip_address(address)
-    return not any(parsed.version == network.version and parsed in network for network in _INSIDE)
+    return [finding]
