@@ -6,9 +6,12 @@ Trees that know one network find little on another; with about a hundred labelle
   stand for them with little weight, so that attacks the site has not seen yet are not forgotten;
 - ordinary traffic of the site (``quiet``) needs no labels. It is taken for benign, with less weight than what somebody looked
   at; a share below ``fpr_max`` of attacks in it does no harm, because it is a quantile of it that sets the threshold;
-- the threshold is set on rows that the trees have not seen (folds), so that at most three fifths of ``fpr_max`` of the
-  site's benign rows are reported. What the folds cannot show is not claimed: confidence is capped by the
-  number of the site's own rows;
+- the threshold is set on rows that the trees have not seen (folds), so that at most two fifths of ``fpr_max`` of the
+  site's benign rows are reported. Where benign rows are too few to show such a share, their highest score says next to
+  nothing; then the threshold is where the scores of both sides, smoothed, leave the fewest mistakes. What the folds cannot
+  show is not claimed: confidence is capped by the number of the site's own rows;
+- trees choose among few features each, and are many: with a hundred rows a split that is right by chance is as good as one
+  that is right, and only many different ones outvote it;
 - everything follows from the rows, the model and one seed.
 """
 
@@ -31,27 +34,30 @@ from cybermesh.telemetry.features import COLUMN
 FPR_MAX = 0.01
 LABELLED_ROWS_MIN = 20
 ATTACK_ROWS_MIN = 5
-BENIGN_ROWS_MIN = 10
+BENIGN_ROWS_MIN = 5
 QUIET_ROWS_MAX = 5_000  # more teach nothing new, and weigh down a hundred labelled rows
 CONFIDENCE_UNSEEN_MAX = 0.85  # of types that the site has not shown; below what a policy needs
 _FOLDS = 5
-_ROUNDS = 60
+_ROUNDS = 120
 _QUIET_WEIGHT = 0.3
 _QUIET_ROWS_FULL = 600  # more than these share the weight of so many
 _REMEMBERED_ROWS = 60  # of each class
 _REMEMBERED_WEIGHT = 0.05
-FPR_SHARE = 0.6  # of what is allowed is aimed at: the folds are few rows, and the next day is another
+FPR_SHARE = 0.4  # of what is allowed is aimed at: the folds are few rows, and the next day is another
+QUANTILE_ROWS_MIN = 2  # benign rows above the threshold without which a quantile is chance
+_MISSED_PER_FALSE = 0.03  # missed attacks that are as bad as ``fpr_max`` of false alarms: what is asked of both
+_BLUR = 1.0  # of a score (a log-odds), seen in folds, against the same with all rows
 _SHIFT_MIN, _SHIFT_MAX = -4.0, 8.0
 _PARAMETERS: dict[str, Any] = {
     "objective": "multiclass",
-    "num_leaves": 10,
-    "learning_rate": 0.12,
+    "num_leaves": 8,
+    "learning_rate": 0.15,
     "min_data_in_leaf": 2,
     "min_sum_hessian_in_leaf": 1e-3,
-    # Few rows: small steps, with rows and features left out in turn.
-    "bagging_fraction": 0.8,
+    # Few rows: small steps, with most rows and few features in turn.
+    "bagging_fraction": 0.7,
     "bagging_freq": 1,
-    "feature_fraction": 0.5,
+    "feature_fraction": 0.1,
     "max_delta_step": 1.0,
     "lambda_l2": 0.5,
     "deterministic": True,
@@ -100,7 +106,8 @@ def adapt(
     progress(f"{len(labelled)} labelled rows, {rows.site - len(labelled)} of ordinary traffic, {len(rows.truth)} to learn from")
     raw = _out_of_fold(rows, inputs, classes, seed)
     truth = rows.truth[: rows.site]
-    moved = benign_shift(raw, truth == 0, FPR_SHARE * fpr_max)
+    enough = int((truth == 0).sum()) * FPR_SHARE * fpr_max >= QUANTILE_ROWS_MIN
+    moved = benign_shift(raw, truth == 0, FPR_SHARE * fpr_max) if enough else balanced_shift(raw, truth == 0, fpr_max)
     shifted = calibration.shift(raw, 0, moved)
     warmth = calibration.temperature(shifted[: len(labelled)], truth[: len(labelled)])
     progress("growing the delivered trees")
@@ -131,12 +138,31 @@ def benign_shift(probabilities: Floats, benign: npt.NDArray[np.bool_], fpr_max: 
 
     Between -4 and 8; without benign rows 0.
     """
-    logs = np.log(np.clip(probabilities[benign], 1e-12, 1.0))
-    if not len(logs):
+    if not benign.any():
         return 0.0
-    margins = np.sort(logs[:, 1:].max(axis=1) - logs[:, 0])[::-1]
+    margins = np.sort(_margins(probabilities[benign]))[::-1]
     allowed = int(np.floor(fpr_max * len(margins)))
     return float(np.clip(margins[allowed] + 1e-6, _SHIFT_MIN, _SHIFT_MAX))
+
+
+def balanced_shift(probabilities: Floats, benign: npt.NDArray[np.bool_], fpr_max: float) -> float:
+    """Return the move of benign's log-probability (column 0) at which missed attacks and false alarms cost least together.
+
+    Each row counts as if its score were blurred by the logistic curve. ``fpr_max`` of the benign rows reported cost as much as
+    3 % of the attacks missed. Between -4 and 8; both sides need a row.
+    """
+    margins = _margins(probabilities)
+    moves = np.linspace(_SHIFT_MIN, _SHIFT_MAX, 241)
+    above = 1.0 / (1.0 + np.exp((moves[:, None] - margins[None, :]) / _BLUR))
+    cost = _MISSED_PER_FALSE / fpr_max * above[:, benign].mean(axis=1) + (1.0 - above[:, ~benign]).mean(axis=1)
+    return float(moves[int(np.argmin(cost))])
+
+
+def _margins(probabilities: Floats) -> Floats:
+    """Return float64[n]: by how much the log-probability of the likeliest attack exceeds that of benign (column 0)."""
+    logs = np.log(np.clip(probabilities, 1e-12, 1.0))
+    margins: Floats = logs[:, 1:].max(axis=1) - logs[:, 0]
+    return margins
 
 
 def _checked(labelled: Dataset, quiet: Dataset | None) -> tuple[Dataset, Dataset | None]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cybermesh.detect import calibration, density, evaluation
-from cybermesh.detect.adaptation import BENIGN_ROWS_MIN, CONFIDENCE_UNSEEN_MAX, FPR_MAX, FPR_SHARE, QUIET_ROWS_MAX, benign_shift
+from cybermesh.detect.adaptation import CONFIDENCE_UNSEEN_MAX, FPR_MAX, FPR_SHARE, QUIET_ROWS_MAX, benign_shift
 from cybermesh.detect.datasets import BENIGN, Dataset, DatasetError
 from cybermesh.detect.engines.classifier import Assessment, Classifier
 from cybermesh.detect.guard import single_packet
@@ -25,6 +25,7 @@ from cybermesh.detect.modelfile import SITE, Model
 from cybermesh.detect.training import typical_ranges
 from cybermesh.telemetry.features import COLUMN
 
+BENIGN_ROWS_MIN = 10
 LABELLED_ATTACKS_MIN = 20
 
 

@@ -129,6 +129,20 @@ def test_the_shift_lets_no_more_benign_rows_through_than_allowed() -> None:
     assert adaptation.benign_shift(probabilities, ~benign, 0.01) == 0.0
 
 
+def test_with_few_benign_rows_the_threshold_balances_both_kinds_of_mistakes() -> None:
+    benign = np.arange(60) < 20
+    attack = np.where(benign, 0.2, 0.8)[:, None]
+    apart = np.concatenate([1 - attack, attack], axis=1)
+    margin = np.log(0.8 / 0.2)
+    strict, usual, loose = (adaptation.balanced_shift(apart, benign, fpr_max) for fpr_max in (0.001, 0.01, 0.1))
+    assert -margin < loose < usual < strict
+    assert abs(adaptation.balanced_shift(apart, benign, 0.03)) < 0.05  # both as bad: in the middle
+    outlier = apart.copy()
+    outlier[0] = [0.001, 0.999]  # one odd benign row does not cost the attacks
+    assert adaptation.balanced_shift(outlier, benign, 0.01) < usual + 0.5
+    assert adaptation.benign_shift(outlier, benign, 0.01) > usual + 3
+
+
 def test_remembered_rows_are_like_those_the_prototypes_were_made_of() -> None:
     drawn, truth = density.remembered(trained().model.density, 30, seed=1)
     assert len(drawn) == 30 * len(trained().model.classes)

@@ -2,6 +2,10 @@
 
 The lab's table was thinned (``tests/lab/rows.py``) before anything was measured on it. A draw: 20 benign rows, and 80 attacks
 spread evenly over the techniques; besides, ordinary traffic of the new network whose labels are not used. The rest is measured.
+
+The share of false alarms that ``adapt`` aims at and the amounts of ordinary traffic below were chosen after these very draws
+had been seen, so they keep what was reached, and prove nothing. What draws say that nothing was chosen on is in
+docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from cybermesh.detect.modelfile import Model
 LAB = Path(__file__).parents[1] / "vectors" / "lab-flows.csv.gz"
 BENIGN_ROWS, ATTACK_ROWS = 20, 80
 MEASURED_MAX = 4_000
-# All five take half a minute; docs/measurements.md has them, and ``make nightly`` repeats them.
-DRAWS_OF_THE_PUBLIC_TABLE = range(5 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 2)
+# All five, both ways, take two minutes; docs/measurements.md has them, and ``make nightly`` repeats them.
+DRAWS = range(5 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 2)
 
 
 def draw(dataset: Dataset, quiet: int, seed: int, benign: int = BENIGN_ROWS) -> tuple[Dataset, Dataset, Dataset]:
@@ -68,12 +72,20 @@ def test_the_lab_is_neither_solved_nor_hopeless_without_adaptation(lab: Dataset)
     assert not lab.foreign.any()
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", DRAWS)
 def test_the_shipped_model_learns_the_lab(lab: Dataset, seed: int) -> None:
     figures = learned(open_classifier().model, lab, 1_000, seed)
     assert (figures.attack_recall or 0) >= 0.97
     assert (figures.benign_fpr or 0) <= 0.01
     assert figures.ood_share <= 0.03
+
+
+def test_a_hundred_labels_alone_find_most_attacks_with_few_false_alarms(lab: Dataset) -> None:
+    labelled, _, measured = draw(lab, 0, 900, benign=50)
+    made = adaptation.adapt(open_classifier().model, labelled, seed=900)
+    figures = evaluate(Classifier(made.model, made.onnx), measured)
+    assert (figures.attack_recall or 0) >= 0.9
+    assert (figures.benign_fpr or 0) <= 0.04
 
 
 @pytest.mark.shared
@@ -84,7 +96,7 @@ def test_a_model_of_the_lab_learns_the_public_network(lab: Dataset, public: Data
     some = public.take(np.random.default_rng(1).permutation(len(public))[:MEASURED_MAX])
     before = evaluate(Classifier(*base), some)
     assert 0.05 <= (before.attack_recall or 0) <= 0.8
-    runs = [learned(base[0], public, 2_500, seed) for seed in DRAWS_OF_THE_PUBLIC_TABLE]
+    runs = [learned(base[0], public, 2_500, seed) for seed in DRAWS]
     recall, false = [run.attack_recall or 0 for run in runs], [run.benign_fpr or 0 for run in runs]
     assert max(false) <= 0.01
     assert np.mean(recall) >= 0.97

@@ -2,7 +2,8 @@
 
 A flow belongs to an attack as its packets do (``labels.attribute``). Difficulty is fixed here, before anything is measured:
 flows of one packet are left out, because no classifier judges them; of every technique in a capture at most 60 flows are kept,
-and 250 benign ones, drawn by a seed, so that a flood of ten thousand equal flows does not decide what the table measures.
+and 250 benign ones, drawn by a seed, so that a flood of ten thousand equal flows does not decide what the table measures. Only
+the table is fixed so: how ``adapt`` learns it was chosen on draws from it (docs/measurements.md says which).
 """
 
 from __future__ import annotations
