@@ -39,7 +39,7 @@ class AdmissionRules:
 class Admitted(NamedTuple):
     """A message that passed: its transaction's bytes and identity, and the value that may be used (``intrinsic.bind_fields``).
 
-    A tuple, because one is made for every message and a frozen dataclass takes four times as long to make.
+    A tuple, because one is made for every message and a frozen dataclass takes twice as long to make.
     """
 
     payload: bytes
