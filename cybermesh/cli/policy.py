@@ -1,4 +1,7 @@
-"""``cybermesh policy list|show|prove``: decisions in a validator's store, and the proofs that anybody can check."""
+"""``cybermesh policy …``: decisions in a validator's store, their proofs, and what operators order about them.
+
+``approve``, ``reject`` and ``revoke`` are those of ``cybermesh operator``, where people look for them first.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import orjson
 import typer
 
-from cybermesh.cli import output
+from cybermesh.cli import operator, output
 
 if TYPE_CHECKING:
     from cybermesh.store.records import StoredDecision
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-policy = typer.Typer(no_args_is_help=True, help="List decisions, and prove them.")
+policy = typer.Typer(no_args_is_help=True, help="List, prove, approve, reject and revoke decisions.")
+for _order in (operator.approve, operator.reject, operator.revoke):
+    policy.command()(_order)
 FileOption = Annotated[Path | None, typer.Option("-c", "--config", help="Settings file of the validator.")]
 PolicyId = Annotated[str, typer.Argument(metavar="ID", help="Policy id, or enough of its beginning.")]
 ListLimit = Annotated[int, typer.Option(min=1, max=100_000, help="How many, newest first.")]

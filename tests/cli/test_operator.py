@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 
 import pytest
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+from typer import Typer
 from typer.testing import CliRunner, Result
 
 from cybermesh.bus.local import LocalBus
+from cybermesh.cli import operator
+from cybermesh.cli.allowlist import allowlist
 from cybermesh.cli.operator import app
 from cybermesh.cli.output import CommandError
+from cybermesh.cli.policy import policy
+from cybermesh.config import load
 from cybermesh.keystore import KeystoreError, save_key
-from cybermesh.ledger.receipts import Code
+from cybermesh.ledger.receipts import Code, Receipt
 from cybermesh.messages import Transaction, TxKind, tx_digest
 from cybermesh.roles.clock import SystemClock
+from cybermesh.roles.process import store_location
+from cybermesh.store import tables
+from cybermesh.store.store import open_store
 from cybermesh.wire.admission import verify_transaction
 from tests.ledger.world import World, codes, key
 
@@ -27,15 +38,94 @@ def settings(tmp_path: Path) -> Path:
         save_key(tmp_path / f"{name}.key", key(name))
     file = tmp_path / "validator.toml"
     file.write_text(
-        f'[node]\ngenesis = "{tmp_path / "genesis.json"}"\n[bus]\nkind = "local"\npath = "{tmp_path / "bus.db"}"\n',
+        f'[node]\ngenesis = "{tmp_path / "genesis.json"}"\nstate_dir = "{tmp_path / "state"}"\n'
+        f'[bus]\nkind = "local"\npath = "{tmp_path / "bus.db"}"\n',
         encoding="utf-8",
     )
     return file
 
 
 def order(settings: Path, who: str, *arguments: str, text: str | None = None) -> Result:
-    options = ["--key", str(settings.parent / f"{who}.key"), "-c", str(settings)]
+    options = [] if arguments[0] == "ready" else ["--no-wait"]
+    options += ["--key", str(settings.parent / f"{who}.key"), "-c", str(settings)]
     return CliRunner().invoke(app, [*arguments, *options], input=text)
+
+
+def waiting(settings: Path, tree: Typer, *arguments: str) -> Result:
+    """A command that waits for its receipt, and a validator that has one store, one bus and one block."""
+    where = store_location(load(settings).settings)
+    assert isinstance(where, Path)
+    where.parent.mkdir(parents=True, exist_ok=True)
+
+    async def make() -> None:
+        async with open_store(where):
+            pass
+
+    async def keep(raw: bytes, receipt: Receipt) -> None:
+        values = {"leaf": 0, "height": 7, "kind": receipt.kind, "subject": tx_digest(raw).hex(), "code": receipt.code}
+        async with open_store(where) as store:
+
+            async def work(connection: AsyncConnection) -> None:
+                await connection.execute(insert(tables.receipts).values(**values, body=b""))
+
+            await store._database.write(work)
+
+    def validate() -> None:
+        (raw,) = sent(settings, 1)
+        world = at_ledgers_time(World(), raw)
+        world.apply(*world.case("north-1", "p1"))
+        asyncio.run(keep(raw, world.apply(raw)[0]))
+
+    asyncio.run(make())
+    validator = threading.Thread(target=validate)
+    validator.start()
+    done = CliRunner().invoke(tree, [*arguments, "--key", str(settings.parent / "alice.key"), "-c", str(settings)])
+    validator.join()
+    return done
+
+
+@pytest.mark.parametrize(
+    ("tree", "arguments", "code"),
+    [
+        (app, ("approve", "p1"), "OK"),
+        (policy, ("approve", "p1"), "OK"),
+        (policy, ("reject", "p1"), "OK"),
+        (policy, ("revoke", "p1"), "UNKNOWN_POLICY"),
+        (app, ("protect", "192.0.2.8/32"), "AWAITING_OPERATORS"),
+        (allowlist, ("add", "192.0.2.7/32"), "OK"),
+        (allowlist, ("remove", "192.0.2.7/32"), "OK"),
+    ],
+)
+def test_an_order_waits_for_its_receipt_and_says_what_the_ledger_made_of_it(
+    tree: Typer, arguments: tuple[str, ...], code: str, settings: Path
+) -> None:
+    done = waiting(settings, tree, *arguments)
+    told = json.loads(done.stdout)
+    assert (told["code"], told["height"]) == (code, 7)
+    if code == "UNKNOWN_POLICY":
+        assert isinstance(done.exception, CommandError)
+        assert done.exception.exit_code == 1
+    else:
+        assert done.exit_code == 0, done.output
+
+
+def test_an_order_that_could_not_learn_its_receipt_is_not_sent(settings: Path) -> None:
+    options = ["approve", "p1", "--key", str(settings.parent / "alice.key"), "-c", str(settings)]
+    done = CliRunner().invoke(app, options)
+    assert isinstance(done.exception, CommandError)
+    assert "--no-wait" in str(done.exception)
+    assert not (settings.parent / "bus.db").exists()
+
+
+def test_an_order_without_a_receipt_in_time_says_so(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "RECEIPT_WAIT_S", 0.3)
+    where = store_location(load(settings).settings)
+    assert isinstance(where, Path)
+    where.parent.mkdir(parents=True, exist_ok=True)
+    where.touch()
+    done = CliRunner().invoke(app, ["approve", "p1", "--key", str(settings.parent / "alice.key"), "-c", str(settings)])
+    assert isinstance(done.exception, CommandError)
+    assert "no receipt within" in str(done.exception)
 
 
 def sent(settings: Path, count: int) -> list[bytes]:
