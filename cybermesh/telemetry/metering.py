@@ -120,11 +120,18 @@ def _how_often() -> str:
 
 def _size(spec: str) -> int | None:
     """Return about how many bytes of capture an input holds, None if that cannot be known, 0 if it cannot be read."""
+    if spec.startswith("live:") and not Path(spec).exists():
+        return None
     path = Path(spec if Path(spec).exists() else spec.removeprefix("pcap:"))
     try:
+        if path.is_dir():
+            return sum(_file_size(each) for each in path.iterdir() if each.is_file())
         if not path.is_file():
             return None if spec in ("-", "pcap:-") or path.is_fifo() else 0
-        packed = path.suffix in (".gz", ".zst")
-        return path.stat().st_size * (_UNPACKED if packed else 1)
+        return _file_size(path)
     except OSError:
         return 0
+
+
+def _file_size(path: Path) -> int:
+    return path.stat().st_size * (_UNPACKED if path.suffix in (".gz", ".zst") else 1)

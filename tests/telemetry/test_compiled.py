@@ -307,18 +307,20 @@ def test_two_million_spoofed_syns_stay_under_the_cap_and_cost_no_lasting_flow(co
 
 
 def test_short_and_unreadable_inputs_get_the_reference_and_long_ones_the_compiled_meter(tmp_path: Path) -> None:
+    assert metering.choose([str(DEMO)]).name == "reference"
+    assert metering.choose([str(tmp_path / "missing.pcap"), str(tmp_path)]).name == "reference"
     long = tmp_path / "long.pcap"
     with long.open("wb") as file:
         file.truncate(metering.COMPILE_BYTES)
-    assert metering.choose([str(DEMO)]).name == "reference"
-    assert metering.choose([str(tmp_path / "missing.pcap"), str(tmp_path)]).name == "reference"
     assert metering.choose([str(DEMO), f"pcap:{long}"]).name == "compiled"
+    assert metering.choose([f"pcap:{tmp_path}"]).name == "compiled"  # a folder is as long as its files
 
 
 def test_a_stream_of_unknown_length_gets_the_compiled_meter_once_it_is_compiled(
     compiled: Metering, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert compile_cache.cache_folder() is None or metering.choose(["-"]).name == "compiled"
+    for stream in ("-", "live:lo"):
+        assert compile_cache.cache_folder() is None or metering.choose([stream]).name == "compiled"
     monkeypatch.setenv("CYBERMESH_CACHE_DIR", str(tmp_path))
     assert metering.choose(["-"]).name == "reference"
 
