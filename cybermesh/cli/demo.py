@@ -54,7 +54,7 @@ def demo(
         scorer = open_detector()
         if scorer.without_classifier:
             output.note(f"without the classifier: {scorer.without_classifier}")
-        detector = Detector(source, scorer.pipeline, scorer.version)
+        detector = Detector(source, scorer.pipeline)
         story = Story()
         plan = Demo(detector, truth, NoopBackend(), tuple(sorted(set(stop_validator or ()))))
         summary = asyncio.run(_watched(plan, story, is_human))

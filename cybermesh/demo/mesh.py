@@ -55,7 +55,6 @@ class Detector:
 
     source: Source
     pipeline: Pipeline
-    model_version: str
 
 
 @dataclass(slots=True)
@@ -173,7 +172,6 @@ class Assembly:
                 clock=self._clock,
                 feeds=[SourceFeed(detector.source.name, lambda _: detector.source, Nowhere())],
                 pipeline=detector.pipeline,
-                model_version=detector.model_version,
                 on_published=self._watch.on_published,
             )
         )

@@ -44,7 +44,7 @@ from cybermesh.log import logger
 from cybermesh.messages import SignedMessage, Transaction, TxKind
 from cybermesh.metrics import Figures
 from cybermesh.roles.clock import Clock
-from cybermesh.roles.detection import Upkeep
+from cybermesh.roles.detection import Upkeep, version_of
 from cybermesh.roles.feeds import Feed, Given, in_thread
 from cybermesh.roles.patience import Patience
 from cybermesh.roles.ring import control_domains, key_ring
@@ -90,7 +90,6 @@ class Parts:
     clock: Clock
     feeds: Sequence[Feed]
     pipeline: Pipeline
-    model_version: str
     upkeep: Upkeep | None = None
     signs_batches: bool = False
     on_published: Callable[[Published], None] = lambda _published: None
@@ -267,7 +266,7 @@ class AiRole:
             (sign_custody(reference, stamp.ts, self._parts.key),),
         )
         messages: list[AiMessage] = [
-            sign_anomaly(_anomaly(detection, anomaly_id, self._parts.model_version), stamp),
+            sign_anomaly(_anomaly(detection, anomaly_id, version_of(self._parts.pipeline)), stamp),
             sign_evidence(evidence, self._stamp()),
         ]
         if policy_id is not None and detection.policy is not None:

@@ -31,12 +31,16 @@ SAVE_EVERY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class OpenDetector:
-    """A detector, the version its anomalies carry, and why it has no classifier (empty when it has one)."""
+    """A detector, and why it has no classifier (empty when it has one)."""
 
     pipeline: Pipeline
-    version: str
     without_classifier: str
     upkeep: Upkeep
+
+
+def version_of(pipeline: Pipeline) -> str:
+    """Return the version an anomaly carries: that of the rules in use now, which may have been reloaded."""
+    return f"rules-{pipeline.rules.digest[:12]}"
 
 
 class Upkeep:
@@ -160,4 +164,4 @@ def open_detector(
     metered = meter if meter is not None else FlowMeter()
     pipeline = build(rules, meter=metered, flow_names=NAMES, more_engines=engines, statistics=statistics)
     upkeep = Upkeep(pipeline, statistics, rules_dir, state)
-    return OpenDetector(pipeline, f"rules-{rules.digest[:12]}", reason, upkeep)
+    return OpenDetector(pipeline, reason, upkeep)

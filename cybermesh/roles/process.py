@@ -206,7 +206,6 @@ async def _make_ai(context: _Context, stack: AsyncExitStack) -> AiRole:
             clock=context.clock,
             feeds=feeds_of(settings, metering, context.bus, Positions(context.file("ai.positions.json"))),
             pipeline=detector.pipeline,
-            model_version=detector.version,
             upkeep=detector.upkeep,
             signs_batches=settings.signing.batches,
         )

@@ -37,7 +37,6 @@ def parts(site: Site, counters: FileCounters, detector: OpenDetector, source: So
         clock=site.clock,
         feeds=[SourceFeed("demo", lambda _: source, marks)],
         pipeline=detector.pipeline,
-        model_version=detector.version,
     )
 
 

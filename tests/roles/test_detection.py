@@ -8,7 +8,7 @@ import pytest
 
 from cybermesh.detect.engines.rule_file import shipped_paths
 from cybermesh.detect.engines.statistics import WARM
-from cybermesh.roles.detection import LOOK_EVERY_S, SAVE_EVERY_S, OpenDetector, open_detector
+from cybermesh.roles.detection import LOOK_EVERY_S, SAVE_EVERY_S, OpenDetector, open_detector, version_of
 from cybermesh.telemetry.windows import Scope
 from tests.detect import traffic
 from tests.detect.test_detector import windows
@@ -37,13 +37,14 @@ def scanned(opened: OpenDetector, at: float) -> set[str]:
 def test_changed_rules_are_in_use_after_a_look_and_alerts_go_on(rules: Path) -> None:
     opened = open_detector(rules_dir=rules)
     assert scanned(opened, T) == {"port_scan"}
-    before = opened.pipeline.rules.digest
+    before, version = opened.pipeline.rules.digest, version_of(opened.pipeline)
     opened.upkeep.step(0)
     (rules / "scans.yaml").unlink()
     opened.upkeep.step(LOOK_EVERY_S / 2)
     assert opened.pipeline.rules.digest == before  # not yet looked
     opened.upkeep.step(LOOK_EVERY_S)
     assert opened.pipeline.rules.digest != before
+    assert version_of(opened.pipeline) == f"rules-{opened.pipeline.rules.digest[:12]}" != version  # what anomalies now carry
     assert opened.upkeep.reloads == 1
     assert scanned(opened, T + 10) == set()
 

@@ -177,7 +177,6 @@ async def reading(site: Site, folder: Path, feeds: Sequence[Feed], seen: Counter
                 clock=site.clock,
                 feeds=feeds,
                 pipeline=detector.pipeline,
-                model_version=detector.version,
                 reopen_first_s=0.02,
             )
         )
