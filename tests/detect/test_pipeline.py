@@ -11,7 +11,7 @@ import pytest
 from cybermesh import policy
 from cybermesh.detect.engines.rule_file import load, shipped_paths
 from cybermesh.detect.pipeline import build, latest
-from cybermesh.telemetry.packets import FIN, PSH, SYN, URG
+from cybermesh.telemetry.packets import ACK, FIN, PSH, SYN, URG
 from cybermesh.telemetry.windows import EVENT_COUNTS
 from cybermesh.telemetry.windows_sliding import CAPACITY
 from tests.detect import traffic
@@ -71,6 +71,18 @@ ATTACKS = {
     "UDP flood, changing ports": (lambda: traffic.udp_flood(T, 20_000, 5_000), "dos", "rate_limit"),
     "UDP flood, one port": (lambda: traffic.udp_flood(T, 100_000, 20_000, fixed=True), "dos", "rate_limit"),
     "ping flood": (lambda: traffic.ping_flood(T, 10_000, 1_000), "dos", "rate_limit"),
+    "FIN flood": (lambda: traffic.flag_flood(T, 20_000, 3_000, FIN), "dos", "rate_limit"),
+    "ACK flood that is reset": (lambda: traffic.flag_flood(T, 20_000, 3_000, ACK, reset=True), "dos", "rate_limit"),
+    "ACK flood with 4,000 forged sources": (
+        lambda: traffic.forged(traffic.flag_flood(T, 40_000, 4_000, ACK), FORGED),
+        "ddos",
+        "rate_limit",
+    ),
+    "large UDP flood, random ports": (lambda: traffic.udp_flood_on_random_ports(T, 20_000, 3_000), "dos", "rate_limit"),
+    "a worm on a port of its own": (lambda: traffic.worm(T, 2_000, 20_000, 6, 0.02), "port_scan", None),
+    "a worm in single datagrams": (lambda: traffic.worm(T, 2_000, 1434, 17, 0.01), "port_scan", None),
+    "ssh passwords sprayed": (lambda: traffic.spraying(T, 20, 3), "brute_force", "drop"),
+    "smb guesses": (lambda: traffic.guesses(T, 60, 445, 0.5, sent=900, got=1100), "brute_force", "drop"),
     "ssh guesses": (lambda: traffic.guesses(T, 40, 22, 1.0), "brute_force", "drop"),
     "ssh guesses on another port": (
         lambda: traffic.guesses(T, 40, 902, 1.0, greeting=b"SSH-2.0-x\r\n"),
@@ -121,6 +133,14 @@ BENIGN: dict[str, Callable[[], Iterable[Packet]]] = {
     "a client with stale links": lambda: traffic.web_requests(T, [b"GET /old.png"] * 50, b"404 Not Found", 0.5),
     "a backup over ssh": lambda: traffic.backup(T),
     "traceroute": lambda: traffic.traceroute(T),
+    "a P2P client on the web's ports": lambda: traffic.p2p_client(T),
+    "a mail server": lambda: traffic.mail_server(T),
+    "a browser with broken IPv6 and QUIC": lambda: traffic.broken_ipv6(T),
+    "an hour of answers to searches": lambda: traffic.answers_to_searches(T, 60),
+    "a victim to whom others answer": lambda: traffic.stray_answers(T),
+    "a pod's search list": lambda: traffic.dns(
+        T, [f"api{n % 15}.vendor{n % 9}.example.eu-west-1.compute.internal" for n in range(80)], rcode=3, gap=0.5
+    ),
     "a one-way video stream": lambda: traffic.video_stream(T),
 }
 
@@ -154,7 +174,7 @@ def test_an_attack_is_found_with_its_type_source_and_remedy(name: str) -> None:
     target = VICTIM if action == "rate_limit" else ATTACKER
     assert [str(network) for network in spec.networks()] == [f"{target}/32"]
     assert spec.guardrails.ttl_seconds == 900
-    if action == "rate_limit" and not any(word in name for word in ("ping", "new port", "reflected")):
+    if action == "rate_limit" and not any(word in name for word in ("ping", "new port", "reflected", "random ports")):
         assert [port.first for port in spec.target.ports] == [53 if "UDP" in name else 80]
 
 
@@ -305,6 +325,9 @@ TRAFFIC_OF = {
     "flood-syn": lambda: traffic.syn_flood(T, 4_000, 2_000),
     "flood-syn-slow": lambda: traffic.syn_flood(T, 150, 20),
     "flood-syn-distributed": lambda: traffic.syn_flood(T, 4_000, 2_000, FORGED),
+    "flood-tcp": lambda: traffic.flag_flood(T, 4_000, 1_000, FIN),
+    "flood-tcp-distributed": lambda: traffic.forged(traffic.flag_flood(T, 8_000, 2_000, ACK), FORGED),
+    "flood-udp-ports": lambda: traffic.udp_flood_on_random_ports(T, 6_000, 1_000),
     "flood-udp": lambda: traffic.udp_flood(T, 4_000, 1_000),
     "flood-udp-slow": lambda: traffic.udp_flood(T, 200, 20),
     "flood-udp-fixed": lambda: traffic.udp_flood(T, 8_000, 1_000, fixed=True),
@@ -340,6 +363,8 @@ TRAFFIC_OF = {
     "scan-icmp-sweep": lambda: traffic.ping_sweep(T, range(1, 60), 5),
     "brute-ssh": lambda: traffic.guesses(T, 20, 22, 1.0),
     "brute-clear-text": lambda: traffic.guesses(T, 8, 21, 1.0, greeting=b"530 no\r\n", sent=30, got=60),
+    "brute-ssh-spray": lambda: traffic.spraying(T, 20, 2),
+    "brute-smb": lambda: traffic.guesses(T, 40, 445, 0.5, sent=900, got=1100),
     "brute-ftp-sessions": lambda: traffic.guesses(T, 30, 21, 1.0, sent=40, got=150),
     "brute-terminal": lambda: traffic.guesses(T, 20, 23, 1.0, sent=60, got=200),
     "brute-mail-sessions": lambda: traffic.guesses(T, 150, 993, 0.3),

@@ -158,6 +158,98 @@ def ping_flood(at: float, count: int, per_s: int, payload: bytes = b"") -> Itera
         yield Packet(at + number / per_s, ATTACKER, VICTIM, proto=1, icmp=(8, 0), payload=payload)
 
 
+def flag_flood(at: float, count: int, per_s: int, flags: int, *, reset: bool = False) -> Iterator[Packet]:
+    """TCP packets of no connection to one port; the victim resets them, or is not heard."""
+    for number in range(count):
+        when, sport = at + number / per_s, 1024 + number % 60_000
+        yield Packet(when, ATTACKER, VICTIM, sport, 80, 6, flags)
+        if reset:
+            yield Packet(when + 0.0001, VICTIM, ATTACKER, 80, sport, 6, RST)
+
+
+def udp_flood_on_random_ports(at: float, count: int, per_s: int) -> Iterator[Packet]:
+    for number in range(count):
+        yield Packet(at + number / per_s, ATTACKER, VICTIM, 2000, number * 7919 % 60_000 + 1, 17, payload=b"f" * 400)
+
+
+def worm(at: float, count: int, port: int, proto: int, gap: float) -> Iterator[Packet]:
+    """An infected host that tries any address."""
+    for number in range(count):
+        target = f"{20 + number % 180}.{number * 7 % 250}.{number * 13 % 250}.{number % 200 + 1}"
+        yield Packet(
+            at + number * gap, ATTACKER, target, 43_000, port, proto, SYN if proto == 6 else 0, b"w" * 300 * (proto == 17)
+        )
+
+
+def spraying(at: float, hosts: int, rounds: int) -> Iterator[Packet]:
+    """One password after the other, on many ssh servers."""
+    for number in range(hosts * rounds):
+        yield from session(
+            at + number,
+            ATTACKER,
+            f"10.0.3.{number % hosts + 1}",
+            40_000 + number,
+            22,
+            sent=1800,
+            got=2100,
+            lasts=2,
+            greeting=b"SSH-2.0-x\r\n",
+            messages=7,
+        )
+
+
+def _peers(count: int) -> Iterator[str]:
+    return (f"{20 + n * 7 % 180}.{n * 31 % 250}.{n * 57 % 250}.{n % 200 + 1}" for n in range(count))
+
+
+def p2p_client(at: float) -> Iterator[Packet]:
+    """Peers anywhere, half of them gone, some on the ports of the web."""
+    ports = (443, 80, 8080, 51_413, 6881)
+    for number, peer in enumerate(_peers(600)):
+        start, port = at + number * 0.1, ports[number % len(ports)]
+        if number % 9 < 5:
+            yield Packet(start, "10.7.0.5", peer, 30_000 + number, port, 6, SYN)
+        else:
+            yield from session(start, "10.7.0.5", peer, 30_000 + number, port, sent=5000, got=9000)
+
+
+def mail_server(at: float) -> Iterator[Packet]:
+    """Deliveries, two thirds of them to servers that are gone; and a relay's small messages."""
+    for number, peer in enumerate(_peers(400)):
+        start = at + number * 0.2
+        yield from session(start, "10.7.0.4", VICTIM, 20_000 + number, 25, sent=2600, got=500, greeting=b"220 mx ESMTP\r\n")
+        if number % 3:
+            yield Packet(start, VICTIM, peer, 20_000 + number, 25, 6, SYN)
+        else:
+            yield from session(start, VICTIM, peer, 20_000 + number, 25, sent=9000, got=900, greeting=b"220 mx ESMTP\r\n")
+
+
+def stray_answers(at: float) -> Iterator[Packet]:
+    """Somebody forged a host's address: servers answer it what it never sent."""
+    for number in range(400):
+        server = f"104.16.{number % 20}.{number % 9 + 1}"
+        yield Packet(at + number * 0.05, server, VICTIM, 443, 1024 + number, 6, SYN | ACK)
+
+
+def broken_ipv6(at: float) -> Iterator[Packet]:
+    """A browser whose IPv6 leads nowhere and whose QUIC is filtered: it tries both first."""
+    for number in range(150):
+        start = at + number * 0.3
+        yield Packet(start, "2001:db8::4", f"2606:4700:{number:x}::1", 20_000 + number, 443, 6, SYN)
+        yield Packet(
+            start, "10.7.0.4", f"142.250.{number % 30}.{number % 7 + 1}", 20_000 + number, 443, 17, payload=b"q" * 1200
+        )
+        yield from session(start + 0.1, "10.7.0.4", f"104.16.{number}.1", 20_000 + number, 443, got=50_000)
+
+
+def answers_to_searches(at: float, minutes: int) -> Iterator[Packet]:
+    """A host searches for televisions every two minutes, from a new port each time; they answer from ports of their own."""
+    for number in range(minutes // 2):
+        yield Packet(at + number * 120, "10.7.0.4", "239.255.255.250", 50_000 + number, 1900, 17, payload=b"s" * 120)
+        for device in range(5):
+            yield Packet(at + number * 120 + 0.1, f"10.7.0.{device + 50}", "10.7.0.4", 40_000 + device, 50_000 + number, 17)
+
+
 def forged(packets: Iterable[Packet], sources: Iterable[str]) -> Iterator[Packet]:
     """The same packets with sources written into them in turn."""
     for packet, source in zip(packets, itertools.cycle(sources)):
