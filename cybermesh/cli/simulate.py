@@ -33,6 +33,7 @@ def simulate(
     kind: Annotated[
         Kind | None, typer.Option(help="How worlds are drawn; twins or byzantine when there are some, else mixed.")
     ] = None,
+    epochs: Annotated[bool, typer.Option("--epochs", help="Let epochs end, too.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 for one per core.")] = 0,
     quorum: Annotated[int | None, typer.Option(min=1, hidden=True, help="A wrong quorum, to see it caught.")] = None,
     json: output.JsonOption = False,
@@ -45,7 +46,14 @@ def simulate(
         raise output.CommandError(f"--twins {twins} --byzantine {byzantine}: there are only {validators} validators", 2)
     if quorum is not None and quorum > validators:
         raise output.CommandError(f"--quorum {quorum}: there are only {validators} validators", 2)
-    setup = Setup(validators, twins, byzantine, quorum, kind or ("twins" if twins else "byzantine" if byzantine else "mixed"))
+    setup = Setup(
+        validators,
+        twins,
+        byzantine,
+        quorum,
+        kind or ("twins" if twins else "byzantine" if byzantine else "mixed"),
+        has_epochs=epochs,
+    )
     started = time.perf_counter()
     campaign = run_campaign(seed, scenarios, setup, workers=workers or len(os.sched_getaffinity(0)))
     progress = track(campaign, "simulating", total=scenarios, console=output.console(stderr=True), transient=True)
@@ -85,9 +93,11 @@ def _explain(failed: Result, setup: Setup) -> None:
     for line in timeline[-_TIMELINE_MAX:]:
         output.note(line)
     quorum = "" if setup.quorum is None else f" --quorum {setup.quorum}"
+    epochs = " --epochs" if setup.has_epochs else ""
     output.complain(
         f"seed {failed.seed}: {failed.failure}; repeat with cybermesh simulate --kind {setup.kind} --scenarios 1 "
-        f"--seed {failed.seed} --validators {setup.validators} --twins {setup.twins} --byzantine {setup.traitors}{quorum}"
+        f"--seed {failed.seed} --validators {setup.validators} --twins {setup.twins} --byzantine {setup.traitors}"
+        f"{quorum}{epochs}"
     )
 
 

@@ -366,7 +366,7 @@ class Replica(Generic[S]):
         self._tree.prune(self._high_qc.block_hash, Round(round_ - 2 * self._committee.n))
 
     def _commit(self, qc: QuorumCert, block_hash: BlockHash, above: Sequence[Header] = ()) -> None:
-        if block_hash != self.root.hash:  # another certificate may have been faster
+        if block_hash != self.root.hash and not self._is_over:  # another certificate may have been faster
             commit = self._chain.commit(qc, block_hash, above)
             self._effects.append(commit)
             self._is_over = commit.next_committee is not None  # R12

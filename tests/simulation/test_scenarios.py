@@ -41,6 +41,8 @@ def test_a_thousand_seeds_of_four_validators_stay_safe_and_recover():
         pytest.param(Setup(validators=4, traitors=1, kind="byzantine"), 200, id="four, one traitor"),
         pytest.param(Setup(validators=7, traitors=2, kind="byzantine"), 30, id="seven, two traitors"),
         pytest.param(Setup(validators=7, twins=1, traitors=1), 30, id="seven, a twin and a traitor"),
+        pytest.param(Setup(validators=4, has_epochs=True), 150, id="four, over several epochs"),
+        pytest.param(Setup(validators=4, twins=1, kind="twins", has_epochs=True), 60, id="twins, over several epochs"),
         pytest.param(Setup(kind="crash"), 30, id="old and lost safety files, full disks"),
     ],
 )

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -37,12 +38,16 @@ class Setup:
     quorum: int | None = None
     kind: str = "mixed"
     crash_at: int | None = None
+    has_epochs: bool = False
     has_real_keys: bool = False
 
 
 def draw_plan(rng: random.Random, setup: Setup) -> Plan:
-    """Draw a plan of the setup's kind."""
-    return KINDS[setup.kind](rng, setup)
+    """Draw a plan of the setup's kind; with ``has_epochs`` a tenth of what arrives before healing ends the epoch."""
+    plan = KINDS[setup.kind](rng, setup)
+    if setup.has_epochs:
+        return plan
+    return dataclasses.replace(plan, arrivals=tuple(each for each in plan.arrivals if not each[2].startswith(EPOCH)))
 
 
 def _mixed(rng: random.Random, setup: Setup) -> Plan:
@@ -63,7 +68,7 @@ def _mixed(rng: random.Random, setup: Setup) -> Plan:
         skews_ms=tuple(rng.choice((0, 0, rng.randrange(-1_000, 1_000))) for _ in range(machines)),
         twins=twins,
         traitors=traitors,
-        arrivals=_arrivals(rng, machines, heal_ms, [index for index, _ in traitors]),
+        arrivals=_arrivals(rng, machines, heal_ms, _dishonest(setup, twins, traitors)),
         # Half of the worlds are idle often enough for heartbeats to matter.
         timing=Timing(heartbeat_ms=rng.choice((300, 5_000))),
     )
@@ -93,7 +98,7 @@ def _twins(rng: random.Random, setup: Setup) -> Plan:
         skews_ms=(0,) * machines,
         twins=twins,
         traitors=traitors,
-        arrivals=_arrivals(rng, machines, heal_ms, [index for index, _ in traitors]),
+        arrivals=_arrivals(rng, machines, heal_ms, _dishonest(setup, twins, traitors)),
         leaders=leaders,
         timing=Timing(heartbeat_ms=300),
     )
@@ -116,7 +121,7 @@ def _byzantine(rng: random.Random, setup: Setup) -> Plan:
         cuts=_cuts(rng, machines, heal_ms) if rng.random() < 0.3 else (),
         skews_ms=tuple(rng.choice((0, rng.randrange(-9_000, 9_000) // 10)) for _ in range(machines)),
         traitors=traitors,
-        arrivals=_arrivals(rng, machines, heal_ms, [index for index, _ in traitors]),
+        arrivals=_arrivals(rng, machines, heal_ms, _dishonest(setup, (), traitors)),
         timing=Timing(heartbeat_ms=rng.choice((300, 1_000))),
     )
 
@@ -162,8 +167,7 @@ def _split(rng: random.Random, setup: Setup) -> Plan:
         cuts=(partition(0, heal_ms, tuple(int(each in side) for each in range(machines))),),
         skews_ms=(0,) * machines,
         twins=twins,
-        # The halves must stay in one epoch: of another committee's rounds nobody can be convicted.
-        arrivals=tuple(each for each in _arrivals(rng, machines, heal_ms) if not each[2].startswith(EPOCH)),
+        arrivals=_arrivals(rng, machines, heal_ms),
         timing=Timing(heartbeat_ms=rng.choice((50, 300))),
         must_fork=True,
     )
@@ -211,8 +215,17 @@ def _traitors(
     return tuple((index, tuple(rng.sample(BEHAVIOURS, rng.randrange(1, 5)))) for index in chosen)
 
 
+def _dishonest(setup: Setup, twins: tuple[int, ...], traitors: tuple[tuple[int, tuple[str, ...]], ...]) -> tuple[int, ...]:
+    """Return the machines of twins and traitors."""
+    copies = range(setup.validators, setup.validators + len(twins))
+    return (*twins, *copies, *(index for index, _ in traitors))
+
+
 def _arrivals(rng: random.Random, machines: int, heal_ms: int, deaf: Collection[int] = ()) -> tuple[Arrival, ...]:
-    """Return what arrives where; ``deaf`` are machines that need not pass on what only they have learned."""
+    """Return what arrives where; ``deaf`` are machines that need not pass on what only they have learned.
+
+    Those are traitors, machines without their safety file, and twins: their blocks lose against their own key's other ones.
+    """
     arrivals: list[Arrival] = []
     for number in range(rng.randrange(2, 6)):
         somebody = [position for position in range(machines) if rng.random() < 0.8] or [0]

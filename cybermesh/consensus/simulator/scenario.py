@@ -101,7 +101,7 @@ def _heal(world: World) -> tuple[_Recovery, str | None]:
     first_ms = world.now_ms - plan.heal_ms if world.run(limit_ms, lambda: _highest_height(world) > height) else 0
     rounds = _highest_round(world) - round_
     after = {transaction for moment, _, transaction in plan.arrivals if moment > plan.heal_ms}
-    is_done = world.run(limit_ms, lambda: _all_committed(world, after))
+    is_done = world.run(limit_ms, lambda: _all_committed(world, after, height))
     recovery = _Recovery(first_ms, rounds)
     if not is_done:
         return recovery, f"not everything was committed {_HEAL_LIMIT_MS} ms after healing"
@@ -143,9 +143,9 @@ def _highest_round(world: World) -> int:
     return max((machine.replica.round for machine in world.honest if machine.replica is not None), default=0)
 
 
-def _all_committed(world: World, transactions: set[bytes]) -> bool:
+def _all_committed(world: World, transactions: set[bytes], above: int) -> bool:
     for machine in world.honest:
         chain = machine.disk.chain
-        if not transactions <= {transaction for block in chain[-40:] for transaction in block.payload}:
+        if not transactions <= {transaction for block in chain[above:] for transaction in block.payload}:
             return False
     return True

@@ -258,7 +258,8 @@ class World:
 
     def _crash(self, machine: Machine) -> None:
         self._stop(machine)
-        self._at(min(self.now_ms + self._rng.randrange(10, _DOWN_MAX_MS), self.plan.heal_ms), self._start, machine)
+        up_ms = self.now_ms + self._rng.randrange(10, _DOWN_MAX_MS)
+        self._at(max(self.now_ms + 10, min(up_ms, self.plan.heal_ms)), self._start, machine)
 
     def _stop(self, machine: Machine) -> None:
         self._log(machine, "crashes")
