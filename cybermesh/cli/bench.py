@@ -102,11 +102,7 @@ def admission(
         "share_of_raw_by_processor_time": round(by_cpu["one"] / by_cpu["raw"], 3),
         "kafka_admitted_per_s": round(medians["kafka"]) if kafka else None,
     }
-    if as_json:
-        output.emit_one(result)
-    else:
-        for name, value in result.items():
-            sys.stdout.write(f"{name:32} {value if value is not None else '-'}\n")
+    _show(result, as_json=as_json)
 
 
 @app.command()
@@ -140,11 +136,7 @@ def detect(
     from cybermesh.cli import bench_capture, bench_detect
 
     result = bench_detect.measure(bench_capture.demo_capture(), rows, rounds)
-    if as_json:
-        output.emit_one(result)
-    else:
-        for name, value in result.items():
-            sys.stdout.write(f"{name:32} {value}\n")
+    _show(result, as_json=as_json)
 
 
 @app.command()
@@ -308,11 +300,7 @@ def ledger(
     if lengths != sorted(set(lengths)) or lengths[0] < 0:
         raise output.CommandError(f"--points {points}: not ascending", 2)
     result = bench_ledger.run(blocks, lengths, audited, folder)
-    if as_json:
-        output.emit_one(result)
-    else:
-        for name, value in result.items():
-            sys.stdout.write(f"{name:32} {value}\n")
+    _show(result, as_json=as_json)
 
 
 def _make(folder: Path, packets: int) -> _Captures:
